@@ -1,0 +1,29 @@
+"""nolora_vision: fine-tune timm's vision transformers with NoLoRA, nonlinear low-rank adapters.
+
+y = W x + b + s · B (v ⊙ f(A x)), W frozen. `inject(model)` does the surgery, in place.
+"""
+
+from nolora_vision.config import AdapterConfig as AdapterConfig
+from nolora_vision.config import ConfigError as ConfigError
+from nolora_vision.kernels import low_rank_delta as low_rank_delta
+from nolora_vision.surgery.adapter import LowRankAdapter as LowRankAdapter
+from nolora_vision.surgery.adapter import NoLoRAConv2d as NoLoRAConv2d
+from nolora_vision.surgery.adapter import NoLoRALinear as NoLoRALinear
+from nolora_vision.surgery.checkpoint import CheckpointError as CheckpointError
+from nolora_vision.surgery.checkpoint import load_adapter as load_adapter
+from nolora_vision.surgery.checkpoint import read_adapter_config as read_adapter_config
+from nolora_vision.surgery.checkpoint import save_adapter as save_adapter
+from nolora_vision.surgery.groups import adapter_parameters as adapter_parameters
+from nolora_vision.surgery.groups import head_parameters as head_parameters
+from nolora_vision.surgery.groups import param_groups as param_groups
+from nolora_vision.surgery.inject import disabled as disabled
+from nolora_vision.surgery.inject import eject as eject
+from nolora_vision.surgery.inject import fold as fold
+from nolora_vision.surgery.inject import freeze_backbone as freeze_backbone
+from nolora_vision.surgery.inject import inject as inject
+from nolora_vision.surgery.plan import InjectionError as InjectionError
+from nolora_vision.surgery.summary import Summary as Summary
+from nolora_vision.surgery.summary import print_trainable_parameters as print_trainable_parameters
+from nolora_vision.surgery.summary import summary as summary
+
+__version__ = "0.1.0"

@@ -1,0 +1,229 @@
+"""The definition: every nonlinearity and modulation in plain PyTorch; everything faster is compared with it.
+
+    y = W x + b + s · B (v ⊙ f_θ(A x))
+
+Shapes: `...` any leading dimensions (batch, tokens, windows), `D` in_features, `E` out_features, `R` rank.
+f and the modulation run in at least fp32 on `(..., R)`; only the two thin products run in the base output's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------- nonlinearities f_θ
+
+
+def identity(h: Tensor) -> Tensor:
+    """f(h) = h: LoRA (Hu et al., arXiv 2106.09685)."""
+    return h
+
+
+def tanh(h: Tensor) -> Tensor:
+    """f(h) = tanh h; slope 1 at 0."""
+    return torch.tanh(h)
+
+
+def relu(h: Tensor) -> Tensor:
+    """f(h) = max(h, 0); slopes 0 and 1 beside 0."""
+    return F.relu(h)
+
+
+def gelu(h: Tensor) -> Tensor:
+    """f(h) = h Φ(h), exact; slope 1/2 at 0."""
+    return F.gelu(h)
+
+
+def silu(h: Tensor) -> Tensor:
+    """f(h) = h σ(h); slope 1/2 at 0."""
+    return F.silu(h)
+
+
+def swish(h: Tensor, beta: Tensor) -> Tensor:
+    """f(h) = h (1 + tanh(β h / 2)) = 2 h σ(β h), β: (R,); β = 0 is the identity, and the slope at 0 is always 1."""
+    return h * (1 + torch.tanh(0.5 * beta * h))
+
+
+def residual_tanh(h: Tensor, mix: Tensor, slope: Tensor) -> Tensor:
+    """f(h) = h + a (tanh(b h) − h), a = `mix`: (R,), b = `slope`: (R,); a = 0 is the identity, a = 1 is tanh(b h)."""
+    return h + mix * (torch.tanh(slope * h) - h)
+
+
+def rational(h: Tensor, linear: Tensor, square: Tensor, pole: Tensor) -> Tensor:
+    """f(h) = h (1 + p h + q h²) / (1 + (t h)²), p = `linear`, q = `square`, t = `pole`: (R,) each.
+
+    A Padé function of order 3 / 2 that is 0 at 0 and has no pole for any θ. p = 0 and q = t² is the identity.
+    """
+    squared = h * h
+    return h * ((1 + linear * h + square * squared) / (1 + pole * pole * squared))
+
+
+SPLINE_INTERVALS = 5  # AuroRA's grid on [-1, 1]
+SPLINE_ORDER = 3
+
+
+def cubic_b_splines(h: Tensor) -> Tensor:
+    """The 8 cubic B-splines of AuroRA's grid at h: (...) → (..., 8). Each is 0 outside four intervals of width 0.4."""
+    width = 2 / SPLINE_INTERVALS
+    count = SPLINE_INTERVALS + SPLINE_ORDER
+    centres = (torch.arange(count, device=h.device, dtype=h.dtype) - (SPLINE_ORDER - 1) / 2) * width - 1
+    distance = ((h.unsqueeze(-1) - centres) / width).abs()
+    return (F.relu(2 - distance) ** 3 - 4 * F.relu(1 - distance) ** 3) / 6
+
+
+def aurora(h: Tensor, mixer: Tensor, spline: Tensor) -> Tensor:
+    """f(h) = tanh(H tanh h) + w · Σ_i φ(h_i), H = `mixer`: (R, R), w = `spline`: (R, 8), φ: 8 cubic B-splines.
+
+    As published, so f(0) ≠ 0: the one exemption from the rule f(0) = 0. Source: AuroRA, arXiv 2505.18738.
+    """
+    return torch.tanh(torch.tanh(h) @ mixer.mT) + cubic_b_splines(h).sum(-2) @ spline.mT
+
+
+class Formula(NamedTuple):
+    """One nonlinearity: the function of h and θ, and how each part of θ is made for a rank."""
+
+    function: Callable[..., Tensor]
+    theta: Mapping[str, Callable[[int], Tensor]] = {}
+
+
+def _zeros(rank: int) -> Tensor:
+    return torch.zeros(rank)
+
+
+def _ones(rank: int) -> Tensor:
+    return torch.ones(rank)
+
+
+def _xavier_normal(rank: int) -> Tensor:
+    return nn.init.xavier_normal_(torch.empty(rank, rank))
+
+
+def _spline_noise(rank: int) -> Tensor:
+    return nn.init.uniform_(torch.empty(rank, SPLINE_INTERVALS + SPLINE_ORDER), -0.1, 0.1)
+
+
+FORMULAS: dict[str, Formula] = {
+    "identity": Formula(identity),
+    "tanh": Formula(tanh),
+    "relu": Formula(relu),
+    "gelu": Formula(gelu),
+    "silu": Formula(silu),
+    "swish": Formula(swish, {"beta": _zeros}),
+    "residual_tanh": Formula(residual_tanh, {"mix": _zeros, "slope": _ones}),
+    "rational": Formula(rational, {"linear": _zeros, "square": _ones, "pole": _ones}),
+    "aurora": Formula(aurora, {"mixer": _xavier_normal, "spline": _spline_noise}),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ modulation
+
+
+def modulate(z: Tensor, h: Tensor, v: Tensor | None, gate: tuple[Tensor, Tensor] | None) -> Tensor:
+    """z ⊙ v ⊙ (1 + tanh(G h + c)), leaving out what is None.
+
+    Args:
+        z: f(h), `(..., R)`.
+        h: A x, `(..., R)`.
+        v: `(R,)` for the layer, or `(B, 1, R)` for each sample of the leading dimension B of h.
+        gate: G `(R, R)` and c `(R,)`.
+    """
+    if v is not None:
+        z = z * _per_sample(v, h)
+    if gate is not None:
+        weight, bias = gate
+        z = z * (1 + torch.tanh(F.linear(h, weight, bias)))
+    return z
+
+
+def _per_sample(v: Tensor, h: Tensor) -> Tensor:
+    """v as it broadcasts over h: `(B, 1, R)` gets as many ones as h has dimensions between batch and rank."""
+    if v.ndim == 1:
+        return v
+    if v.ndim != 3 or v.shape[1] != 1 or v.shape[0] != h.shape[0] or h.ndim < 2:
+        raise ValueError(
+            f"v must have shape (R,) or (B, 1, R) with B the leading dimension of x: "
+            f"got {tuple(v.shape)} for A x of shape {tuple(h.shape)}. Repeat v to one row per leading entry of x."
+        )
+    return v.reshape(v.shape[0], *[1] * (h.ndim - 2), v.shape[2])
+
+
+# ------------------------------------------------------------------------------------------------------- the update
+
+
+class LowRank(NamedTuple):
+    """The operands of one low-rank update; every tensor may be of any floating dtype."""
+
+    down: Tensor
+    """A: (R, D)."""
+    up: Tensor
+    """B: (E', R), with E' the number of output features in `rows`."""
+    v: Tensor | None = None
+    """(R,), or (B, 1, R) per sample, or None for v = 1."""
+    gate: tuple[Tensor, Tensor] | None = None
+    """G: (R, R) and c: (R,), or None."""
+    nonlinearity: str = "identity"
+    theta: tuple[Tensor, ...] = ()
+    """The parameters of f, in the order of its Formula."""
+    scale: float = 1.0
+    rows: tuple[tuple[int, int], ...] | None = None
+    """The output features that the update reaches, as (start, stop) in ascending order; None means all."""
+
+
+def rank_space(h: Tensor, branch: LowRank) -> Tensor:
+    """s · v ⊙ f_θ(h): (..., R) → (..., R), in at least fp32."""
+    h = h.to(torch.promote_types(h.dtype, torch.float32))
+    theta = tuple(part.to(h.dtype) for part in branch.theta)
+    gate = None if branch.gate is None else (branch.gate[0].to(h.dtype), branch.gate[1].to(h.dtype))
+    v = None if branch.v is None else branch.v.to(h.dtype)
+    z = modulate(FORMULAS[branch.nonlinearity].function(h, *theta), h, v, gate)
+    return z if branch.scale == 1 else z * branch.scale
+
+
+def low_rank_delta(x: Tensor, base: Tensor, branches: Sequence[LowRank]) -> Tensor:
+    """base + Σ_k s_k B_k (v_k ⊙ f_k(A_k x)), in the cheap form: one product down, one `addmm` into a copy of base.
+
+    Args:
+        x: (..., D), the layer's input.
+        base: (..., E), what the frozen layer made of x; not modified.
+        branches: updates of this layer; their A are stacked, so that x is read once.
+
+    Returns:
+        A new tensor (..., E) in base's dtype.
+    """
+    dtype = base.dtype
+    with _no_autocast(x.device.type):
+        h = F.linear(x.to(dtype), torch.cat([b.down.to(dtype) for b in branches]))
+        parts = h.split([b.down.shape[0] for b in branches], dim=-1)
+        z = torch.cat([rank_space(part, b) for part, b in zip(parts, branches, strict=True)], dim=-1)
+        up = torch.cat([_spread(b.up.to(dtype), b.rows, base.shape[-1]) for b in branches], dim=1)
+        flat = torch.addmm(base.reshape(-1, base.shape[-1]), z.to(dtype).reshape(-1, z.shape[-1]), up.t())
+    return flat.reshape(base.shape)
+
+
+def _spread(up: Tensor, rows: tuple[tuple[int, int], ...] | None, out_features: int) -> Tensor:
+    """B: (E', R) with zeros where the update does not reach: (E, R)."""
+    if rows is None:
+        return up
+    pieces, end = [], 0
+    for part, (start, stop) in zip(up.split([stop - start for start, stop in rows]), rows, strict=True):
+        pieces += [up.new_zeros(start - end, up.shape[1]), part]
+        end = stop
+    return torch.cat([*pieces, up.new_zeros(out_features - end, up.shape[1])])
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Turn autocast off where it is on: the dtypes here are chosen, and the gate must stay in fp32."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def kaiming_uniform_down(down: Tensor) -> Tensor:
+    """Initialise A in place as LoRA does: kaiming-uniform with a = √5, that is U(−1/√D, 1/√D)."""
+    return nn.init.kaiming_uniform_(down, a=math.sqrt(5))

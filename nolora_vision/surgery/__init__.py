@@ -1,0 +1,1 @@
+"""What happens to a model: adapters, sites, injection, saving."""

@@ -1,0 +1,243 @@
+"""inject, eject, disabled, fold: what happens to a model, in place and undone without trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
+from nolora_vision.surgery.adapter import (
+    AdaptedLayer,
+    Adapter,
+    LowRankAdapter,
+    NoLoRAConv2d,
+    NoLoRALinear,
+    SplitAdapter,
+    adapted_layers,
+    make_adapter,
+)
+from nolora_vision.surgery.plan import InjectionError, PlannedAdapter, plan_adapters
+from nolora_vision.surgery.reach import prove_reach
+from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, cure_bypass
+
+Model = TypeVar("Model", bound=nn.Module)
+
+RECORD = "_nolora_injection"
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What `inject` did to a model; kept on the model so that `eject`, `summary` and `save_adapter` know."""
+
+    config: AdapterConfig
+    roles: dict[str, str]
+    """Role by layer path."""
+    cured: tuple[str, ...]
+    """Attentions whose bypass flag was turned on."""
+    required_grad: dict[str, bool]
+    """requires_grad of every parameter before."""
+    batches_tracked: dict[str, int]
+    """How many batches each BatchNorm had seen, so that `save_adapter` knows whose statistics moved."""
+
+
+def inject(
+    model: Model, config: AdapterConfig | None = None, *, example_input: Any | None = None, **shortcuts: Any
+) -> Model:
+    """Add a nonlinear low-rank adapter to layers of a model, in place, and freeze all else but the classifier.
+
+    With no config the attention input projections and the MLP layers of every block get one. The model stays the same
+    object and class, and computes what it did before until the adapters are trained.
+
+    Args:
+        model: any timm model with attention or MLPs; other modules too, if their layers are named alike.
+        config: what the adapters are and where they go.
+        example_input: what to run the model on for the check that it calls every adapter; needed only if the model
+            takes something else than an image of a size that its config knows.
+        **shortcuts: fields of AdapterConfig, instead of or on top of `config`: `inject(model, rank=4)`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: if the config is not usable.
+        InjectionError: if the model cannot be adapted as asked. It is then unchanged.
+    """
+    config = _with_shortcuts(config, shortcuts)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"inject needs a torch.nn.Module, got {type(model).__name__}.")
+    _refuse_wrapped_or_injected(model)
+    plan = plan_adapters(model, config)
+    adapters = {planned.site.path: _make(model, planned) for planned in plan}
+    cured = cure_bypass(model, (planned.site.path for planned in plan))
+    try:
+        for path, adapter in adapters.items():
+            layer = model.get_submodule(path)
+            (NoLoRAConv2d if isinstance(layer, nn.Conv2d) else NoLoRALinear).adopt(layer, adapter)
+        prove_reach(model, adapters, example_input)
+    except BaseException:
+        _undo(model, cured)
+        raise
+    before = {name: p.requires_grad for name, p in model.named_parameters() if not _is_adapter_parameter(name)}
+    roles = {planned.site.path: planned.role for planned in plan}
+    setattr(model, RECORD, Injection(config, roles, tuple(cured), before, batches_tracked(model)))
+    freeze_backbone(model)
+    return model
+
+
+def eject(model: Model) -> Model:
+    """Take the adapters out again: the original module objects, timm's flags and requires_grad as before `inject`.
+
+    Raises:
+        InjectionError: if the model has no adapters.
+    """
+    record = injection_of(model)
+    _undo(model, record.cured)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(record.required_grad.get(name, parameter.requires_grad))
+    delattr(model, RECORD)
+    return model
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Inside the block the model computes without its adapters, bit for bit as the frozen backbone with its head.
+
+    Raises:
+        InjectionError: if the model has no adapters.
+    """
+    injection_of(model)
+    before = {layer: layer.adapter_enabled for layer in adapted_layers(model).values()}
+    try:
+        for layer in before:
+            layer.adapter_enabled = False
+        yield model
+    finally:
+        for layer, enabled in before.items():
+            layer.adapter_enabled = enabled
+
+
+@torch.no_grad()
+def fold(model: Model, *, merge: bool = False) -> Model:
+    """Put v and the scale s into B, in place: the same outputs, for inference with less to do.
+
+    Args:
+        merge: also add the update to W and take the adapters out. Only a linear update (f = identity, no gate) is a
+            matrix that can be added.
+
+    Raises:
+        InjectionError: if the model has no adapters, or `merge` is asked of a nonlinear update; the model is unchanged.
+    """
+    record = injection_of(model)
+    layers = adapted_layers(model)
+    if merge:
+        for path, layer in layers.items():
+            _refuse_nonlinear_merge(path, layer.adapter)
+    for layer in layers.values():
+        for branch in layer.adapter.branches():
+            branch.fold_()
+    modulation = "none" if record.config.modulation == "vector" else record.config.modulation
+    folded = replace(record.config, alpha=None, alpha_pattern={}, rank_stabilized=False, modulation=modulation)
+    setattr(model, RECORD, replace(record, config=folded))
+    if merge:
+        for layer in layers.values():
+            _add_to_weight(layer)
+        eject(model)
+    return model
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave only adapters (if any) and the classifier trainable; without adapters this is a linear probe."""
+    model.requires_grad_(False)
+    for layer in adapted_layers(model).values():
+        layer.adapter.requires_grad_(True)
+    for path in classifier_paths(model):
+        model.get_submodule(path).requires_grad_(True)
+
+
+def batches_tracked(model: nn.Module) -> dict[str, int]:
+    """How many batches each BatchNorm has seen in training mode, by module path."""
+    counts = {path: getattr(module, "num_batches_tracked", None) for path, module in model.named_modules()}
+    return {path: int(n) for path, n in counts.items() if isinstance(n, torch.Tensor) and n.device.type != "meta"}
+
+
+def is_injected(model: nn.Module) -> bool:
+    """Whether `inject` has adapted this model."""
+    return hasattr(model, RECORD)
+
+
+def injection_of(model: nn.Module) -> Injection:
+    """What `inject` did to the model.
+
+    Raises:
+        InjectionError: if it was not injected.
+    """
+    record = getattr(model, RECORD, None)
+    if not isinstance(record, Injection):
+        raise InjectionError(f"{type(model).__name__} has no adapters. Call nolora_vision.inject(model) first.")
+    return record
+
+
+def _with_shortcuts(config: AdapterConfig | None, shortcuts: dict[str, Any]) -> AdapterConfig:
+    if config is not None and not isinstance(config, AdapterConfig):
+        raise TypeError(f"config must be an AdapterConfig, got {type(config).__name__}. Fields go by keyword: rank=8.")
+    known = [f.name for f in fields(AdapterConfig)]
+    unknown = [name for name in shortcuts if name not in known]
+    if unknown:
+        hints = [f"{name!r} is no field.{did_you_mean(name, known)} Fields: {', '.join(known)}." for name in unknown]
+        raise ConfigError("AdapterConfig", hints)
+    return replace(config or AdapterConfig(), **shortcuts)
+
+
+def _refuse_wrapped_or_injected(model: nn.Module) -> None:
+    if adapted_layers(model):
+        raise InjectionError(
+            "This model already has adapters. Call nolora_vision.eject(model) first, or build a fresh model."
+        )
+    for attribute, wrapper in (("_orig_mod", "torch.compile"), ("module", "a data-parallel wrapper")):
+        if isinstance(getattr(model, attribute, None), nn.Module) and len(list(model.children())) == 1:
+            raise InjectionError(f"The model is already wrapped by {wrapper}; inject the bare model first, then wrap it.")
+
+
+def _make(model: nn.Module, planned: PlannedAdapter) -> Adapter:
+    site = planned.site
+    device = model.get_submodule(site.path).get_parameter("weight").device
+    return make_adapter(site.in_features, site.out_features, planned.config, parts=planned.parts, device=device)
+
+
+def _undo(model: nn.Module, cured: tuple[str, ...] | list[str]) -> None:
+    for layer in adapted_layers(model).values():
+        layer.release()
+    for path in cured:
+        setattr(model.get_submodule(path), BYPASS_FLAG, False)
+
+
+def _is_adapter_parameter(name: str) -> bool:
+    return ".adapter." in f".{name}"
+
+
+def _refuse_nonlinear_merge(path: str, adapter: LowRankAdapter | SplitAdapter) -> None:
+    for branch in adapter.branches():
+        if not branch.is_linear:
+            what = branch.config.nonlinearity if branch.config.nonlinearity != "identity" else "a gate"
+            raise InjectionError(
+                f"{path}: an update with {what} depends on its input, so no matrix equals it and it cannot be merged "
+                f"into W. Use fold(model) for faster inference, export with the adapter in the graph, or train with "
+                f"nonlinearity='identity' and no gate."
+            )
+
+
+def _add_to_weight(layer: AdaptedLayer) -> None:
+    weight = layer.get_parameter("weight")
+    total = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    matrix = total.view(total.shape[0], total.shape[1])
+    for branch in layer.adapter.branches():
+        update, start = branch.matrix().to(matrix.dtype), 0
+        for first, last in branch.rows or ((0, matrix.shape[0]),):
+            matrix[first:last] += update[start : start + last - first]
+            start += last - first
+    weight.copy_(total)

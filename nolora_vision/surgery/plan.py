@@ -1,0 +1,237 @@
+"""From an AdapterConfig and a model's sites to the list of adapters to make; touches nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from nolora_vision.config import ROLES, AdapterConfig, did_you_mean
+from nolora_vision.surgery.adapter import ADAPTED_LAYERS
+from nolora_vision.surgery.layout import Rows
+from nolora_vision.surgery.sites import Site, classifier_paths, find_sites, inside, is_pointwise
+
+ATOMS: Mapping[str, frozenset[str]] = {
+    **{role: frozenset({role}) for role in ("q", "k", "v", "proj", "fc1", "fc2")},
+    "qkv": frozenset("qkv"),
+    "qk": frozenset("qk"),
+    "kv": frozenset("kv"),
+    "mlp": frozenset({"fc1", "fc2"}),
+    "all": frozenset({"q", "k", "v", "proj", "fc1", "fc2"}),
+    "": frozenset(),
+}
+"""What each role, of a layer or in `targets`, consists of."""
+
+
+class InjectionError(ValueError):
+    """The model cannot be adapted as asked; it is as it was before the call."""
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """One adapter to make: the layer, its own rank and alpha, and the parts of a fused layer it is for."""
+
+    site: Site
+    config: AdapterConfig
+    parts: Mapping[str, Rows] | None = None
+    """None: the whole layer."""
+
+    @property
+    def role(self) -> str:
+        """What the table of `summary` calls it: the role of the layer, or the parts of it that are adapted."""
+        return self.site.role if self.parts is None else "+".join(self.parts)
+
+
+def plan_adapters(model: nn.Module, config: AdapterConfig) -> list[PlannedAdapter]:
+    """Every adapter that the config asks for on this model, in the model's order.
+
+    Raises:
+        InjectionError: if nothing matches, a name matches nothing, or a layer that matches cannot be adapted.
+    """
+    sites = find_sites(model)
+    _refuse_multihead_attention(model, config)
+    _refuse_unmatched_names(model, sites, config)
+    blocks = _chosen_blocks(sites, config)
+    plan = []
+    for site in sites:
+        if blocks is not None and site.block not in blocks:
+            continue
+        parts = _chosen_parts(site, config)
+        if parts is not None:
+            plan.append(PlannedAdapter(site, _own_config(site, config), parts or None))
+    if not plan:
+        raise InjectionError(_nothing_matches(model, sites, config))
+    _refuse_unsupported_layers(model, plan)
+    _refuse_too_large_ranks(plan)
+    return plan
+
+
+def matches(selector: str, path: str, *, whole: bool) -> bool:
+    """Whether a path matches a suffix (`attn.qkv`), or a regular expression for the whole path, as in PEFT."""
+    if whole:
+        return re.fullmatch(selector, path) is not None
+    return path == selector or path.endswith("." + selector)
+
+
+def _names(selection: tuple[str, ...] | str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Split targets or exclude into roles, other names, and whether those are regular expressions."""
+    items = (selection,) if isinstance(selection, str) else selection
+    return tuple(i for i in items if i in ROLES), tuple(i for i in items if i not in ROLES), isinstance(selection, str)
+
+
+def _chosen_parts(site: Site, config: AdapterConfig) -> dict[str, Rows] | None:
+    """None: not chosen. {}: the whole layer. Otherwise the output features of each chosen part."""
+    target_roles, names, whole = _names(config.targets)
+    exclude_roles, exclude_names, exclude_whole = _names(config.exclude)
+    if any(matches(name, site.path, whole=exclude_whole) for name in exclude_names):
+        return None
+    atoms = ATOMS[site.role] | (site.parts.keys() if site.role == "qkv" else frozenset())
+    excluded = frozenset().union(*(ATOMS[role] for role in exclude_roles))
+    if any(matches(name, site.path, whole=whole) for name in names):
+        wanted = atoms
+        target_roles = ("all",)
+        if not atoms:
+            return {}
+    else:
+        wanted = atoms & frozenset().union(*(ATOMS[role] for role in target_roles))
+    wanted = wanted - excluded
+    if not wanted:
+        return None
+    together = bool({"qkv", "all"}.intersection(target_roles)) and not excluded & frozenset("qkv")
+    if wanted == atoms and (together or len(atoms) == 1):
+        return {}
+    return _rows_of(site, wanted, together=together)
+
+
+def _rows_of(site: Site, wanted: Iterable[str], *, together: bool) -> dict[str, Rows]:
+    """The output features of the wanted parts; with `together`, q, k and v count as one part."""
+    if not site.parts:
+        raise InjectionError(
+            f"{site.path} makes {', '.join(site.letters)} in one product, and where they lie in its output is not known "
+            f"for this model. Adapt it as a whole with the target 'qkv', or leave it out with exclude={site.path!r}."
+        )
+    parts = {part: rows for part, rows in site.parts.items() if part in wanted}
+    letters = [part for part in parts if part in "qkv"]
+    if not together or len(letters) < 2:
+        return parts
+    merged = tuple(sorted(pair for part in letters for pair in parts[part]))
+    return {"qkv": merged, **{part: rows for part, rows in parts.items() if part not in letters}}
+
+
+def _own_config(site: Site, config: AdapterConfig) -> AdapterConfig:
+    rank = _by_pattern(config.rank_pattern, site)
+    alpha = _by_pattern(config.alpha_pattern, site)
+    changes = {} if rank is None else {"rank": int(rank)}
+    changes |= {} if alpha is None else {"alpha": alpha}
+    return replace(config, **changes) if changes else config
+
+
+def _by_pattern(pattern: Mapping[str, float], site: Site) -> float | None:
+    """The value of the first key that is a role of the layer, a suffix of its path, or a pattern for it (as in PEFT)."""
+    for key, value in pattern.items():
+        if key in ROLES:
+            if ATOMS[site.role] & ATOMS[key]:
+                return value
+        elif re.fullmatch(rf"(.*\.)?({key})", site.path):
+            return value
+    return None
+
+
+def _chosen_blocks(sites: Sequence[Site], config: AdapterConfig) -> set[str] | None:
+    if config.layers is None:
+        return None
+    blocks = list(dict.fromkeys(site.block for site in sites if site.role and site.block))
+    outside = [i for i in config.layers if not -len(blocks) <= i < len(blocks)]
+    if outside:
+        raise InjectionError(
+            f"layers={list(config.layers)}: this model has {len(blocks)} blocks, numbered 0 to {len(blocks) - 1} "
+            f"({blocks[0] + ' … ' + blocks[-1] if blocks else 'none'}); there is no block {outside[0]}."
+        )
+    return {blocks[i] for i in config.layers}
+
+
+def _refuse_multihead_attention(model: nn.Module, config: AdapterConfig) -> None:
+    roles, _, _ = _names(config.targets)
+    if not frozenset("qkv") & frozenset().union(*(ATOMS[role] for role in roles)):
+        return
+    found = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    if found:
+        raise InjectionError(
+            f"{found[0]} is a torch.nn.MultiheadAttention, which multiplies with in_proj_weight itself and has no layer "
+            f"for q, k and v to adapt ({len(found)} in this model). Replace it with an attention that has a qkv Linear "
+            f"(timm.layers.Attention), or target other layers, for example targets='mlp'."
+        )
+
+
+def _refuse_unmatched_names(model: nn.Module, sites: Sequence[Site], config: AdapterConfig) -> None:
+    """A name in targets that matches no layer is a typo, or a layer that cannot be adapted; say which."""
+    _, names, whole = _names(config.targets)
+    heads = classifier_paths(model)
+    modules = {path: module for path, module in model.named_modules() if path}
+    for name in names:
+        if any(matches(name, site.path, whole=whole) for site in sites):
+            continue
+        hits = {path: module for path, module in modules.items() if matches(name, path, whole=whole)}
+        for path, module in hits.items():
+            if inside(path, heads):
+                raise InjectionError(f"{path} belongs to the classifier, which is trained in full and never adapted.")
+            if not is_pointwise(module):
+                raise InjectionError(
+                    f"{path} is a {type(module).__name__}, which cannot carry an adapter; wanted a torch.nn.Linear or an "
+                    f"ungrouped 1×1 torch.nn.Conv2d. Name such layers inside it, or a role: {', '.join(ROLES)}."
+                )
+        suffixes = {site.path.rpartition(".")[2] for site in sites}
+        raise InjectionError(
+            f"targets: no layer matches {name!r}.{did_you_mean(name, [*ROLES, *suffixes])} {_what_exists(sites)}"
+        )
+
+
+def _refuse_unsupported_layers(model: nn.Module, plan: Sequence[PlannedAdapter]) -> None:
+    wanted = tuple(layer.base_class for layer in ADAPTED_LAYERS)
+    for planned in plan:
+        layer = model.get_submodule(planned.site.path)
+        weight = getattr(layer, "weight", None)
+        kind = type(layer).__name__ if type(layer) not in wanted else type(weight).__name__
+        if type(layer) not in wanted or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise InjectionError(
+                f"{planned.site.path} is of type {type(layer).__module__}.{kind}; only plain torch.nn.Linear and 1×1 "
+                f"torch.nn.Conv2d with a floating-point weight can carry an adapter, not quantised or custom ones. "
+                f"Load the model unquantised, or leave the layer out with exclude={planned.site.path!r}."
+            )
+        if hasattr(layer, "parametrizations"):
+            raise InjectionError(f"{planned.site.path} has a parametrization; remove it before injecting.")
+
+
+def _refuse_too_large_ranks(plan: Sequence[PlannedAdapter]) -> None:
+    for planned in plan:
+        site, rank = planned.site, planned.config.rank
+        widths = [sum(b - a for a, b in rows) for rows in (planned.parts or {}).values()] or [site.out_features]
+        limit = min(site.in_features, *widths)
+        if rank > limit:
+            raise InjectionError(
+                f"{site.path}: rank {rank} is larger than the layer ({planned.role}: {site.in_features} → "
+                f"{min(widths)} features, so at most {limit}). Choose a smaller rank, set rank_pattern="
+                f"{{{site.path!r}: {limit}}}, or leave the layer out with exclude={site.path!r}."
+            )
+
+
+def _nothing_matches(model: nn.Module, sites: Sequence[Site], config: AdapterConfig) -> str:
+    asked = f"targets={config.targets!r}" + (f", exclude={config.exclude!r}" if config.exclude else "")
+    return f"{type(model).__name__} has no layer to adapt for {asked}. {_what_exists(sites)}"
+
+
+def _what_exists(sites: Sequence[Site]) -> str:
+    roles = sorted({site.role for site in sites if site.role})
+    examples = [site.path for site in sites if site.role] or [site.path for site in sites]
+    shown = ", ".join(dict.fromkeys(_one_per_suffix(examples)))
+    found = f"Roles found in it: {', '.join(roles)}." if roles else "It has no layer with a role."
+    layers = f" Layers by name, for example: {shown}." if shown else " It has no Linear and no 1×1 convolution."
+    return f"{found}{layers} Roles to choose from: {', '.join(ROLES)}."
+
+
+def _one_per_suffix(paths: Sequence[str], most: int = 6) -> list[str]:
+    return list({path.rpartition(".")[2]: path for path in reversed(paths)}.values())[::-1][:most]
+
+

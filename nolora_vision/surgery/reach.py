@@ -1,0 +1,116 @@
+"""The proof of reach: one cheap dry forward in which every adapter must be called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nolora_vision.surgery.plan import InjectionError
+
+
+def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_input: Any | None = None) -> None:
+    """Run the model once, on the meta device if it can, and check that it calls each adapter.
+
+    Parameters, buffers, training flags and random states are as before afterwards.
+
+    Args:
+        adapters: the adapters in the model by their layers' paths.
+        example_input: a tensor or a tuple of arguments; None tries images of the sizes that the model knows.
+
+    Raises:
+        InjectionError: if an adapter is not called, or the model cannot be run on any input tried.
+    """
+    called: set[str] = set()
+    hooks = [
+        adapter.register_forward_pre_hook(lambda _module, _args, path=path: called.add(path))
+        for path, adapter in adapters.items()
+    ]
+    try:
+        with _evaluating(model), torch.no_grad():
+            _dry_forward(model, example_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = [path for path in adapters if path not in called]
+    if missed:
+        raise InjectionError(
+            f"{len(missed)} of {len(adapters)} adapters are never called by the model, so they would not learn: "
+            f"{', '.join(missed[:8])}{' …' if len(missed) > 8 else ''}. The model uses these layers' weights without "
+            f"calling the layers, or does not use them at all; leave them out with exclude=."
+        )
+
+
+def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
+    failures = []
+    for inputs in _candidate_inputs(model, example_input):
+        for run in (_forward_on_meta, _forward_for_real):
+            try:
+                return run(model, inputs)
+            except Exception as error:  # noqa: BLE001 - any failure only means: try the next input
+                failures.append(f"{run.__name__[1:]} on {_shapes(inputs)}: {type(error).__name__}: {error}".split("\n")[0])
+    raise InjectionError(
+        f"{type(model).__name__} could not be run to check that its adapters are called. Pass example_input=, a tensor "
+        f"(or tuple of arguments) that the model accepts. Tried:\n" + "\n".join(f"  - {f[:300]}" for f in failures)
+    )
+
+
+def _forward_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """No memory, no arithmetic: parameters and buffers are stood in for by meta tensors during the call."""
+    state = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
+    moved = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
+    torch.func.functional_call(model, state, moved)
+
+
+def _forward_for_real(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """One tiny batch where the model lives, for models that cannot run on meta."""
+    tensor = next(model.parameters(), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        model(*(x.to(device) if isinstance(x, Tensor) else x for x in inputs))
+
+
+def _candidate_inputs(model: nn.Module, example_input: Any | None) -> Iterator[tuple[Any, ...]]:
+    if example_input is not None:
+        yield example_input if isinstance(example_input, tuple) else (example_input,)
+        return
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for size in dict.fromkeys(_input_sizes(model)):
+        yield (torch.zeros(1, *size, dtype=dtype),)
+
+
+def _input_sizes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """(channels, height, width), likeliest first: the patch embedding's, the pretrained config's, common ones."""
+    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = stem.in_channels * (1 if stem.groups == 1 else stem.groups) if stem is not None else 3
+    known = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(known, (tuple, list)) and len(known) == 2:
+        yield channels, int(known[0]), int(known[1])
+    config = getattr(model, "pretrained_cfg", None) or {}
+    for key in ("input_size", "test_input_size", "min_input_size"):
+        size = config.get(key)
+        if size:
+            yield int(size[0]), int(size[1]), int(size[2])
+            yield channels, int(size[1]), int(size[2])
+    yield channels, 224, 224
+    yield channels, 32, 32
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that no running statistic moves; each module's own flag comes back."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def _shapes(inputs: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)

@@ -1,0 +1,99 @@
+"""What was adapted, as a table: site, role, shapes, rank, parameters; totals with and without the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from nolora_vision.surgery.adapter import adapted_layers
+from nolora_vision.surgery.groups import head_parameters
+from nolora_vision.surgery.inject import is_injected
+from nolora_vision.surgery.inject import injection_of
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One adapted layer."""
+
+    path: str
+    role: str
+    in_features: int
+    out_features: int
+    rank: int
+    nonlinearity: str
+    modulation: str
+    params: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parameter counts of a model; `str()` gives the table."""
+
+    rows: tuple[SummaryRow, ...]
+    adapter_params: int
+    head_params: int
+    """Trainable parameters of the classifier."""
+    trainable_params: int
+    total_params: int
+    """Everything, adapters and head included."""
+
+    def __str__(self) -> str:
+        header = ("layer", "role", "in → out", "rank", "f", "modulation", "parameters")
+        body = [
+            (r.path, r.role, f"{r.in_features} → {r.out_features}", str(r.rank), r.nonlinearity, r.modulation, f"{r.params:,}")
+            for r in self.rows
+        ]
+        table = _align([header, *body], right=(3, 6)) if body else ["no adapters"]
+        return "\n".join([*table, "", *self._totals()])
+
+    def _totals(self) -> list[str]:
+        share = 100 * self.adapter_params / max(1, self.total_params)
+        return [
+            f"adapters: {self.adapter_params:,} parameters in {len(self.rows)} layers ({share:.3f} % of the model)",
+            f"head: {self.head_params:,} trainable parameters",
+            f"trainable: {self.trainable_params:,} of {self.total_params:,}",
+        ]
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count what is adapted and what trains; works on any model, adapted or not."""
+    roles = injection_of(model).roles if is_injected(model) else {}
+    rows = []
+    for path, layer in adapted_layers(model).items():
+        out_features, in_features = layer.weight.shape[:2]
+        branches = list(layer.adapter.branches())
+        config = branches[0].config
+        params = sum(p.numel() for p in layer.adapter.parameters())
+        rows.append(
+            SummaryRow(
+                path, roles.get(path, ""), in_features, out_features, config.rank, config.nonlinearity,
+                config.modulation, params,
+            )
+        )
+    return Summary(
+        rows=tuple(rows),
+        adapter_params=sum(row.params for row in rows),
+        head_params=sum(p.numel() for p in head_parameters(model) if p.requires_grad),
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_params=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the counts in PEFT's form, with the adapters apart from the head."""
+    s = summary(model)
+    share = 100 * s.trainable_params / max(1, s.total_params)
+    print(
+        f"trainable params: {s.trainable_params:,} (adapters {s.adapter_params:,}, head {s.head_params:,}) || "
+        f"all params: {s.total_params:,} || trainable%: {share:.4f}"
+    )
+
+
+def _align(lines: list[tuple[str, ...]], *, right: tuple[int, ...]) -> list[str]:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
+        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        .rstrip()
+        for line in lines
+    ]
