@@ -25,9 +25,7 @@ def select_backend(backend: str) -> tuple[str, str]:
         return "eager", "the only backend so far"
     if backend not in BACKENDS:
         known = ("auto", *BACKENDS)
-        raise ValueError(
-            f"backend must be one of {', '.join(known)}, got {backend!r}.{did_you_mean(backend, known)}"
-        )
+        raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}.{did_you_mean(backend, known)}")
     return backend, "asked for"
 
 

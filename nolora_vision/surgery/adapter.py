@@ -97,7 +97,7 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def fold_(self) -> None:
-        """Put v and s into B, in place: the same function with fewer operations. A gate keeps its input-dependent part."""
+        """Put v and s into B, in place: the same function in fewer operations. A gate stays, with v = 1."""
         factor = torch.full_like(self.lora_B[0], self.scale)
         if self.config.modulation != "none":
             factor = factor * self.get_parameter("v")
@@ -191,7 +191,7 @@ class AdaptedLayer(nn.Module):
         """
         if type(layer) is not cls.base_class:
             raise TypeError(f"{cls.__name__} adapts {cls.base_class.__name__} only, got {type(layer).__name__}.")
-        layer.__class__ = cls
+        layer.__class__ = cls  # type: ignore[assignment]
         assert isinstance(layer, cls)
         layer.adapter = adapter
         layer.adapter_enabled = True
@@ -202,7 +202,7 @@ class AdaptedLayer(nn.Module):
         """Undo `adopt`: drop the adapter and return the same object as the plain layer it was."""
         del self.adapter
         del self.adapter_enabled
-        self.__class__ = self.base_class
+        self.__class__ = self.base_class  # type: ignore[assignment]
         return self
 
 
@@ -298,5 +298,3 @@ def cast_for_autocast(x: Tensor) -> Tensor:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
-
-

@@ -200,7 +200,7 @@ def _refuse_wrapped_or_injected(model: nn.Module) -> None:
         )
     for attribute, wrapper in (("_orig_mod", "torch.compile"), ("module", "a data-parallel wrapper")):
         if isinstance(getattr(model, attribute, None), nn.Module) and len(list(model.children())) == 1:
-            raise InjectionError(f"The model is already wrapped by {wrapper}; inject the bare model first, then wrap it.")
+            raise InjectionError(f"The model is wrapped by {wrapper}; inject the bare model first, then wrap it.")
 
 
 def _make(model: nn.Module, planned: PlannedAdapter) -> Adapter:

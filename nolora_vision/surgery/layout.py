@@ -14,19 +14,49 @@ from torch import nn
 Rows = tuple[tuple[int, int], ...]
 
 EQUAL_BLOCKS = frozenset(
-    """
-    attention.Attention attention.AttentionRope attention_pool.AttentionPoolLatent beit.Attention
-    bottleneck_attn.BottleneckAttn cait.TalkingHeadAttn coat.FactorAttnConvRelPosEnc convit.GPSA convit.MHSA
-    davit.ChannelAttention davit.ChannelAttentionV2 davit.WindowAttention diff_attention.DiffAttention
-    edgenext.CrossCovarianceAttn eva.EvaAttention fastvit.Attention hiera.MaskUnitAttention
-    hieradet_sam2.MultiScaleAttention metaformer.Attention mvitv2.MultiScaleAttention nest.Attention pvt_v2.Attention
-    swin_transformer.WindowAttention swin_transformer_v2.WindowAttention
-    swin_transformer_v2_cr.WindowMultiHeadAttention tnt.Attention twins.GlobalSubSampleAttn twins.LocallyGroupedAttn
-    vision_transformer.Attention vision_transformer_relpos.RelPosAttention vision_transformer_sam.Attention
-    visformer.Attention volo.Attention volo.ClassAttention xcit.XCA csatv2.Attention mobilevit.Attention
-    """.split()
+    {
+        "attention.Attention",
+        "attention.AttentionRope",
+        "attention_pool.AttentionPoolLatent",
+        "beit.Attention",
+        "bottleneck_attn.BottleneckAttn",
+        "cait.TalkingHeadAttn",
+        "coat.FactorAttnConvRelPosEnc",
+        "convit.GPSA",
+        "convit.MHSA",
+        "davit.ChannelAttention",
+        "davit.ChannelAttentionV2",
+        "davit.WindowAttention",
+        "diff_attention.DiffAttention",
+        "edgenext.CrossCovarianceAttn",
+        "eva.EvaAttention",
+        "fastvit.Attention",
+        "hiera.MaskUnitAttention",
+        "hieradet_sam2.MultiScaleAttention",
+        "metaformer.Attention",
+        "mvitv2.MultiScaleAttention",
+        "nest.Attention",
+        "pvt_v2.Attention",
+        "swin_transformer.WindowAttention",
+        "swin_transformer_v2.WindowAttention",
+        "swin_transformer_v2_cr.WindowMultiHeadAttention",
+        "tnt.Attention",
+        "twins.GlobalSubSampleAttn",
+        "twins.LocallyGroupedAttn",
+        "vision_transformer.Attention",
+        "vision_transformer_relpos.RelPosAttention",
+        "vision_transformer_sam.Attention",
+        "visformer.Attention",
+        "volo.Attention",
+        "volo.ClassAttention",
+        "xcit.XCA",
+        "csatv2.Attention",
+        "mobilevit.Attention",
+    }
 )
 """Attention classes (`file.Class`) whose fused output is one block each of q, k and v, all of one size."""
+
+_IN_PROJ = ("fc1", "q", "k", "v")
 
 BLOCKS: Mapping[str, Callable[[Any], Sequence[tuple[str, int]]]] = {
     "bottleneck_attn.BottleneckAttn": lambda a: (("q", a.dim_out_qk), ("k", a.dim_out_qk), ("v", a.dim_out_v)),
@@ -34,8 +64,10 @@ BLOCKS: Mapping[str, Callable[[Any], Sequence[tuple[str, int]]]] = {
     "lambda_layer.LambdaLayer": lambda a: (("q", a.num_heads * a.dim_qk), ("k", a.dim_qk), ("v", a.dim_v)),
     "mobilevit.LinearSelfAttention": lambda a: (("q", 1), ("k", a.embed_dim), ("v", a.embed_dim)),
     "shvit.SHSA": lambda a: (("q", a.qk_dim), ("k", a.qk_dim), ("v", a.pdim)),
-    "vision_transformer.DiffParallelScalingBlock": lambda a: tuple(zip(("fc1", "q", "k", "v"), a.in_split, strict=True)),
-    "vision_transformer.ParallelScalingBlock": lambda a: tuple(zip(("fc1", "q", "k", "v"), a.in_split, strict=True)),
+    "vision_transformer.DiffParallelScalingBlock": lambda a: tuple(
+        zip(("fc1", "q", "k", "v"), a.in_split, strict=True)
+    ),
+    "vision_transformer.ParallelScalingBlock": lambda a: list(zip(_IN_PROJ, a.in_split, strict=True)),
 }
 """Attention classes whose fused output is one block each, of sizes that the module knows."""
 

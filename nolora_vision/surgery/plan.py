@@ -109,7 +109,7 @@ def _rows_of(site: Site, wanted: Iterable[str], *, together: bool) -> dict[str, 
     """The output features of the wanted parts; with `together`, q, k and v count as one part."""
     if not site.parts:
         raise InjectionError(
-            f"{site.path} makes {', '.join(site.letters)} in one product, and where they lie in its output is not known "
+            f"{site.path} makes {', '.join(site.letters)} in one product, and where each lies in its output is unknown "
             f"for this model. Adapt it as a whole with the target 'qkv', or leave it out with exclude={site.path!r}."
         )
     parts = {part: rows for part, rows in site.parts.items() if part in wanted}
@@ -129,7 +129,7 @@ def _own_config(site: Site, config: AdapterConfig) -> AdapterConfig:
 
 
 def _by_pattern(pattern: Mapping[str, float], site: Site) -> float | None:
-    """The value of the first key that is a role of the layer, a suffix of its path, or a pattern for it (as in PEFT)."""
+    """The value of the first key that is a role of the layer, or a suffix or pattern for its path (as in PEFT)."""
     for key, value in pattern.items():
         if key in ROLES:
             if ATOMS[site.role] & ATOMS[key]:
@@ -159,8 +159,8 @@ def _refuse_multihead_attention(model: nn.Module, config: AdapterConfig) -> None
     found = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     if found:
         raise InjectionError(
-            f"{found[0]} is a torch.nn.MultiheadAttention, which multiplies with in_proj_weight itself and has no layer "
-            f"for q, k and v to adapt ({len(found)} in this model). Replace it with an attention that has a qkv Linear "
+            f"{found[0]} is a torch.nn.MultiheadAttention, which multiplies with in_proj_weight itself: no layer "
+            f"makes q, k and v ({len(found)} in this model). Replace it with an attention that has a qkv Linear "
             f"(timm.layers.Attention), or target other layers, for example targets='mlp'."
         )
 
@@ -179,8 +179,8 @@ def _refuse_unmatched_names(model: nn.Module, sites: Sequence[Site], config: Ada
                 raise InjectionError(f"{path} belongs to the classifier, which is trained in full and never adapted.")
             if not is_pointwise(module):
                 raise InjectionError(
-                    f"{path} is a {type(module).__name__}, which cannot carry an adapter; wanted a torch.nn.Linear or an "
-                    f"ungrouped 1×1 torch.nn.Conv2d. Name such layers inside it, or a role: {', '.join(ROLES)}."
+                    f"{path} is a {type(module).__name__}, which cannot carry an adapter; wanted a torch.nn.Linear or "
+                    f"an ungrouped 1×1 torch.nn.Conv2d. Name such layers inside it, or a role: {', '.join(ROLES)}."
                 )
         suffixes = {site.path.rpartition(".")[2] for site in sites}
         raise InjectionError(
@@ -233,5 +233,3 @@ def _what_exists(sites: Sequence[Site]) -> str:
 
 def _one_per_suffix(paths: Sequence[str], most: int = 6) -> list[str]:
     return list({path.rpartition(".")[2]: path for path in reversed(paths)}.values())[::-1][:most]
-
-

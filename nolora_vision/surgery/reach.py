@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,10 +25,7 @@ def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_inp
         InjectionError: if an adapter is not called, or the model cannot be run on any input tried.
     """
     called: set[str] = set()
-    hooks = [
-        adapter.register_forward_pre_hook(lambda _module, _args, path=path: called.add(path))
-        for path, adapter in adapters.items()
-    ]
+    hooks = [adapter.register_forward_pre_hook(_noting(called, path)) for path, adapter in adapters.items()]
     try:
         with _evaluating(model), torch.no_grad():
             _dry_forward(model, example_input)
@@ -44,14 +41,22 @@ def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_inp
         )
 
 
+def _noting(called: set[str], path: str) -> Callable[..., None]:
+    def note(_module: nn.Module, _args: object) -> None:
+        called.add(path)
+
+    return note
+
+
 def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
     failures = []
     for inputs in _candidate_inputs(model, example_input):
         for run in (_forward_on_meta, _forward_for_real):
             try:
                 return run(model, inputs)
-            except Exception as error:  # noqa: BLE001 - any failure only means: try the next input
-                failures.append(f"{run.__name__[1:]} on {_shapes(inputs)}: {type(error).__name__}: {error}".split("\n")[0])
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                failures.append(f"{run.__name__[1:]} on {_shapes(inputs)}: {reason}")
     raise InjectionError(
         f"{type(model).__name__} could not be run to check that its adapters are called. Pass example_input=, a tensor "
         f"(or tuple of arguments) that the model accepts. Tried:\n" + "\n".join(f"  - {f[:300]}" for f in failures)

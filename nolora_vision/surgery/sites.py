@@ -34,9 +34,22 @@ WRAPPERS = re.compile(r"conv|linear|ln|c|m|module|main|\d+")
 """Components that say how a layer is packed (`qkv.linear`, `proj.1.conv`), not what it is."""
 
 NOT_TOKENS = frozenset(
-    """
-    se rel_pos shared_rel_pos meta_mlp cpb_mlp mlp_add mlp_mul gate pool aligner merger patch_embed stem pre_logits
-    """.split()
+    {
+        "se",
+        "rel_pos",
+        "shared_rel_pos",
+        "meta_mlp",
+        "cpb_mlp",
+        "mlp_add",
+        "mlp_mul",
+        "gate",
+        "pool",
+        "aligner",
+        "merger",
+        "patch_embed",
+        "stem",
+        "pre_logits",
+    }
 )
 """Containers whose `fc1` or `proj` does not transform tokens: channel gates, position-bias MLPs, poolings, stems."""
 NOT_TOKENS_CLASS = re.compile(
@@ -74,7 +87,9 @@ def classifier_paths(model: nn.Module) -> tuple[str, ...]:
     heads: list[nn.Module] = []
     if callable(getattr(model, "get_classifier", None)):
         found: Any = model.get_classifier()  # type: ignore[operator]
-        heads = [head for head in (found if isinstance(found, (tuple, list)) else (found,)) if isinstance(head, nn.Module)]
+        heads = [
+            head for head in (found if isinstance(found, (tuple, list)) else (found,)) if isinstance(head, nn.Module)
+        ]
     paths = {path for path, module in model.named_modules() if path and any(module is head for head in heads)}
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     existing = {path for path, _ in model.named_modules()}
@@ -198,7 +213,11 @@ def _mlp_of(path: str, modules: Mapping[str, nn.Module]) -> str | None:
         return None
     for k in range(len(parts) - 1, max(0, len(parts) - 5), -1):
         name, owner = parts[k - 1], ".".join(parts[:k])
-        if MLP_NAME.fullmatch(name) or MLP_CLASS.search(type(modules[owner]).__name__) or _is_mlp_sequence(modules[owner]):
+        if (
+            MLP_NAME.fullmatch(name)
+            or MLP_CLASS.search(type(modules[owner]).__name__)
+            or _is_mlp_sequence(modules[owner])
+        ):
             return owner
         if not WRAPPERS.fullmatch(name) and k <= i:
             break

@@ -8,8 +8,7 @@ from torch import nn
 
 from nolora_vision.surgery.adapter import adapted_layers
 from nolora_vision.surgery.groups import head_parameters
-from nolora_vision.surgery.inject import is_injected
-from nolora_vision.surgery.inject import injection_of
+from nolora_vision.surgery.inject import injection_of, is_injected
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,11 @@ class SummaryRow:
     nonlinearity: str
     modulation: str
     params: int
+
+    @property
+    def shape(self) -> str:
+        """in_features → out_features."""
+        return f"{self.in_features} → {self.out_features}"
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,7 @@ class Summary:
     def __str__(self) -> str:
         header = ("layer", "role", "in → out", "rank", "f", "modulation", "parameters")
         body = [
-            (r.path, r.role, f"{r.in_features} → {r.out_features}", str(r.rank), r.nonlinearity, r.modulation, f"{r.params:,}")
-            for r in self.rows
+            (r.path, r.role, r.shape, f"{r.rank}", r.nonlinearity, r.modulation, f"{r.params:,}") for r in self.rows
         ]
         table = _align([header, *body], right=(3, 6)) if body else ["no adapters"]
         return "\n".join([*table, "", *self._totals()])
@@ -67,8 +70,14 @@ def summary(model: nn.Module) -> Summary:
         params = sum(p.numel() for p in layer.adapter.parameters())
         rows.append(
             SummaryRow(
-                path, roles.get(path, ""), in_features, out_features, config.rank, config.nonlinearity,
-                config.modulation, params,
+                path,
+                roles.get(path, ""),
+                in_features,
+                out_features,
+                config.rank,
+                config.nonlinearity,
+                config.modulation,
+                params,
             )
         )
     return Summary(
@@ -92,8 +101,9 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 def _align(lines: list[tuple[str, ...]], *, right: tuple[int, ...]) -> list[str]:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        .rstrip()
-        for line in lines
-    ]
+
+    def row(line: tuple[str, ...]) -> str:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return [row(line) for line in lines]

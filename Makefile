@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help test lint survey clean
+
+help:
+	@echo "make test    install everything into $(VENV) if needed, and run the tests"
+	@echo "make lint    ruff and pyright"
+	@echo "make survey  inject into every timm architecture (slow)"
+	@echo "make clean   remove $(VENV) and caches"
+
+$(VENV)/.installed: pyproject.toml
+	@echo "Installing into $(VENV) (about 5 GB, a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+survey: $(VENV)/.installed
+	$(BIN)/python -m pytest -m survey
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache dist
