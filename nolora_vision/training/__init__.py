@@ -1,0 +1,1 @@
+"""What happens to data: datasets, models, the loop, the record of a run."""

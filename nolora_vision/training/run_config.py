@@ -1,0 +1,232 @@
+"""RunConfig: everything that a training run is told, from YAML and the command line, validated all at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
+
+Short = tyro.conf.arg
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Fine-tune and evaluate a pretrained timm model on an image-classification dataset."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model: str = "vit_base_patch16_224"
+    """Name of a timm model, with or without its pretrained tag."""
+    dataset: str = "cifar100"
+    """cifar10, cifar100, digits, a Hugging Face dataset id, or a local folder or parquet or arrow file."""
+    method: Literal["nolora", "lora", "linear", "full"] = "nolora"
+    """What trains: nonlinear adapters, linear ones, the classifier alone, or everything."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The adapters of nolora; lora takes all of it but the nonlinearity and the modulation."""
+    pretrained: bool = True
+    """Start from pretrained weights."""
+    img_size: int | None = None
+    """Image height and width in pixels; None takes the pretrained model's own."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: Annotated[int, Short(aliases=["-b"])] = 64
+    """Images per step and process."""
+    grad_accum_steps: int = 1
+    """Batches whose gradients are averaged into one step."""
+    opt: str = "adamw"
+    """Optimizer, by its timm name."""
+    lr: float = 2e-3
+    """Peak learning rate of the adapters, and of the backbone with method full."""
+    head_lr: float | None = 3e-3
+    """Peak learning rate of the classifier; None takes lr."""
+    weight_decay: float = 1e-4
+    """Weight decay of matrices; v, θ, biases and norms have none."""
+    sched: str = "cosine"
+    """Learning-rate schedule, by its timm name."""
+    warmup_epochs: float = 0.5
+    """Length of the linear warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    clip_grad: float | None = 1.0
+    """Largest norm of the gradient; None does not clip."""
+    smoothing: float = 0.0
+    """Label smoothing."""
+    mixup: float = 0.0
+    """Mixup alpha; 0 is off."""
+    cutmix: float = 0.0
+    """CutMix alpha; 0 is off."""
+    drop_path: float = 0.0
+    """Stochastic depth rate."""
+    model_ema: bool = False
+    """Also keep a moving average of the trained weights, and evaluate that."""
+    model_ema_decay: float = 0.999
+    """Decay of that average for each step."""
+
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Area of the random crop of training images, as fractions of the image."""
+    hflip: float = 0.5
+    """Probability of mirroring a training image."""
+    aa: str | None = None
+    """timm's AutoAugment policy, such as rand-m9-mstd0.5; None is off."""
+    reprob: float = 0.0
+    """Probability of erasing a random rectangle."""
+    image_key: str | None = None
+    """Column of the images; None finds it."""
+    label_key: str | None = None
+    """Column of the labels; None finds it."""
+    revision: str | None = None
+    """Revision of a Hub dataset."""
+    val_split: float = 0.1
+    """Share of the training images held out where the dataset has no validation split."""
+    max_train_samples: int | None = None
+    """Train on this many images at most, drawn by the seed."""
+    max_eval_samples: int | None = None
+    """Validate and test on this many images at most each, drawn by the seed."""
+
+    amp_dtype: Literal["none", "bfloat16", "float16"] = "none"
+    """Compute in this type under autocast."""
+    torchcompile: bool = False
+    """Compile the model."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass, for less memory."""
+    workers: Annotated[int, Short(aliases=["-j"])] = 2
+    """Processes that load images; 0 loads in the main one."""
+    seed: int = 0
+    """Of initialisation, order, augmentation and subsets."""
+
+    output: Path = Path("output/train")
+    """Parent of the run's own folder."""
+    experiment: str | None = None
+    """Name of the run's folder; None makes one of time, model and size."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics also go."""
+    eval_only: bool = False
+    """Only test a saved adapter."""
+    adapter_dir: Annotated[Path | None, Short(name="adapter-dir", aliases=["--adapter"])] = None
+    """Directory of the saved adapter to test."""
+    traceback: bool = False
+    """On an error, show the whole traceback."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
+        problems = list(_range_problems(self))
+        if self.eval_only and self.adapter_dir is None:
+            problems.append("eval_only needs the adapter to test: --adapter DIR.")
+        if self.adapter_dir is not None and not self.eval_only:
+            problems.append("--adapter DIR is for --eval-only; without it a fresh adapter is trained.")
+        if self.warmup_epochs > self.epochs:
+            problems.append(f"warmup_epochs ({self.warmup_epochs:g}) is longer than epochs ({self.epochs}).")
+        if self.scale[0] > self.scale[1]:
+            problems.append(f"scale must be (smallest, largest), got {self.scale}.")
+        if problems:
+            raise ConfigError("RunConfig", problems)
+
+
+_AT_LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),
+    **dict.fromkeys(("max_train_samples", "max_eval_samples"), 1),
+    **dict.fromkeys(("lr", "head_lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix"), 0),
+    **dict.fromkeys(("workers", "seed"), 0),
+}
+_FRACTIONS = ("smoothing", "drop_path", "model_ema_decay", "hflip", "reprob", "val_split")
+
+
+def _range_problems(config: RunConfig) -> Iterable[str]:
+    for name, least in _AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            yield f"{name} must be at least {least}, got {value}."
+    for name in _FRACTIONS:
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            yield f"{name} must be between 0 and 1, got {value}."
+    for value in config.scale:
+        if not 0 < value <= 1:
+            yield f"scale must be fractions of the image in (0, 1], got {value}."
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """Where the defaults come from."""
+
+    config: Annotated[Path | None, Short(aliases=["-c"])] = None
+    """YAML file with fields of RunConfig; what else is on the command line overrides it."""
+
+
+def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
+    """The config that a command line asks for: defaults, then the YAML of `-c`, then the flags.
+
+    Raises:
+        ConfigError: if a value is not usable; every problem is listed.
+        SystemExit: 0 after --help, 2 for a flag that cannot be read.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    file, rest = tyro.cli(ConfigFile, args=args, return_unknown_args=True, add_help=False)
+    defaults = RunConfig() if file.config is None else load_run_config(file.config)
+    epilogue = "Defaults from a YAML file: -c FILE, --config FILE."
+    return tyro.cli(RunConfig, args=rest, default=defaults, prog="train.py", description=f"{RunConfig.__doc__}\n{epilogue}")
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Read a YAML file of RunConfig fields.
+
+    Raises:
+        ConfigError: if it is absent, not YAML, or has unknown or unusable values; every problem is listed.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}."]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"is not YAML: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), [f"must hold fields and values, got {type(values).__name__}."])
+    problems = [*_unknown(values, RunConfig, ""), *_unknown(values.get("adapter") or {}, AdapterConfig, "adapter.")]
+    try:
+        config = TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        kinds = {"extra_forbidden", "unexpected_keyword_argument"}
+        problems += [_readable(e) for e in error.errors() if e["type"] not in kinds]
+        raise ConfigError(str(path), problems) from error
+    except ConfigError as error:
+        raise ConfigError(str(path), [*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def dump_run_config(config: RunConfig) -> str:
+    """The config as YAML that `-c` reads back to an equal one."""
+    return yaml.safe_dump(as_plain(asdict(config)), sort_keys=False)
+
+
+def as_plain(value: Any) -> Any:
+    """Tuples as lists and paths as strings, all the way down."""
+    if isinstance(value, dict):
+        return {key: as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _unknown(values: Any, cls: type, prefix: str) -> list[str]:
+    known = [f.name for f in fields(cls)]
+    unknown = [key for key in values if key not in known] if isinstance(values, dict) else []
+    return [f"{prefix}{key} is not a field.{did_you_mean(key, known)}" for key in unknown]
+
+
+def _readable(error: Any) -> str:
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return " ".join(cause.problems)
+    where = ".".join(str(part) for part in error["loc"])
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}."
