@@ -173,7 +173,9 @@ def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
     file, rest = tyro.cli(ConfigFile, args=args, return_unknown_args=True, add_help=False)
     defaults = RunConfig() if file.config is None else load_run_config(file.config)
     epilogue = "Defaults from a YAML file: -c FILE, --config FILE."
-    return tyro.cli(RunConfig, args=rest, default=defaults, prog="train.py", description=f"{RunConfig.__doc__}\n{epilogue}")
+    return tyro.cli(
+        RunConfig, args=rest, default=defaults, prog="train.py", description=f"{RunConfig.__doc__}\n{epilogue}"
+    )
 
 
 def load_run_config(path: Path) -> RunConfig:

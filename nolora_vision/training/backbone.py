@@ -1,0 +1,89 @@
+"""timm model + head + method → a model whose right parameters train."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from typing import Any
+
+import timm
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nolora_vision import AdapterConfig, freeze_backbone, inject
+from nolora_vision.training.errors import RunError, hub_advice
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    *,
+    pretrained: bool = True,
+    img_size: int | None = None,
+    drop_path: float = 0.0,
+    grad_checkpointing: bool = False,
+) -> nn.Module:
+    """A timm model with a fresh classifier.
+
+    Raises:
+        RunError: if the name is unknown, or its weights cannot be had.
+    """
+    bare = (
+        timm.models.split_model_name_tag(name)[0] if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) else ""
+    )
+    if bare and not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, timm.list_models(), n=3, cutoff=0.5)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise RunError(f"timm {timm.__version__} has no model {name!r}.{hint} All names: timm.list_models().")
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if img_size is not None:
+        options["img_size"] = img_size
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    except TypeError as error:
+        raise RunError(f"{name} does not take {', '.join(options)} ({error}). Leave it out.") from error
+    except RuntimeError as error:
+        if "Invalid pretrained tag" in str(error) or "No pretrained weights" in str(error):
+            raise RunError(f"{name}: {error} Tags: {', '.join(timm.list_pretrained(bare)) or 'none'}.") from error
+        raise
+    except Exception as error:
+        instead = "Or train from scratch with --no-pretrained."
+        raise hub_advice(f"The weights of {name}", error, instead=instead) from error
+    if grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def apply_method(model: nn.Module, method: str, adapter: AdapterConfig) -> nn.Module:
+    """Make the right parameters trainable: nolora, lora, linear (the classifier alone) or full."""
+    if method == "linear":
+        freeze_backbone(model)
+    elif method == "lora":
+        inject(model, replace(adapter, nonlinearity="identity", modulation="none"))
+    elif method == "nolora":
+        inject(model, adapter)
+    return model
+
+
+def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
+    """timm's preprocessing for the model, at another image size if one is given."""
+    config = resolve_model_data_config(model)
+    if img_size is not None:
+        config["input_size"] = (config["input_size"][0], img_size, img_size)
+    return config
+
+
+def full_name(model: nn.Module, *, pretrained: bool = True) -> str:
+    """Architecture and pretrained tag, as timm spells them, or `.untrained`: every result states both."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    tag = cfg.get("tag") if pretrained else "untrained"
+    return f"{cfg.get('architecture', type(model).__name__)}{f'.{tag}' if tag else ''}"
+
+
+def training_mode(model: nn.Module) -> None:
+    """Training mode, but frozen BatchNorms keep their running statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()

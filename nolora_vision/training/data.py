@@ -1,0 +1,165 @@
+"""Splits, subsets, transforms and loaders: from a dataset's name to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nolora_vision.training.errors import RunError
+from nolora_vision.training.sources import Table, load_tables
+
+SPLIT_SEED = 0
+"""Validation splits and evaluation subsets are the same for every run, whatever its seed."""
+TEST_SHARE = 0.2
+"""Of a dataset that comes as one heap."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of a table."""
+
+    table: Table
+    rows: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of each row."""
+        return np.asarray(self.table.labels)[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A dataset ready to use: three splits without overlap, class names, and what it is."""
+
+    train: Split
+    val: Split
+    test: Split
+    class_names: tuple[str, ...]
+    about: Mapping[str, Any]
+
+
+def load_data(
+    name: str,
+    *,
+    seed: int = 0,
+    val_split: float = 0.1,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    revision: str | None = None,
+) -> ImageData:
+    """Load a dataset and split it. Splits are fixed; only the training subset depends on the seed.
+
+    Raises:
+        RunError: if it cannot be loaded, or a split is empty.
+    """
+    tables, about = load_tables(name, image_key=image_key, label_key=label_key, revision=revision)
+    splits, notes = split_tables(tables, val_split)
+    train = subset(splits["train"], max_train_samples, seed)
+    val, test = (subset(splits[split], max_eval_samples, SPLIT_SEED) for split in ("val", "test"))
+    for split, rows in (("training", train), ("validation", val), ("test", test)):
+        if not len(rows):
+            raise RunError(f"The {split} split of {name} is empty. Check the dataset, or choose another --val-split.")
+    sizes = {"train_images": len(train), "val_images": len(val), "test_images": len(test)}
+    names = tables["train"].class_names
+    about = {**about, **sizes, "num_classes": len(names), "splits": notes}
+    return ImageData(train, val, test, names, about)
+
+
+def split_tables(tables: Mapping[str, Table], val_split: float) -> tuple[dict[str, Split], dict[str, str]]:
+    """Train, validation and test rows, and where each comes from; what is lacking is taken from the training rows."""
+    splits = {name: Split(table, np.arange(len(table.labels))) for name, table in tables.items()}
+    notes = {name: "the dataset's own" for name in splits}
+    if "test" not in splits and "val" in splits:
+        splits["test"], notes["test"] = splits.pop("val"), "the dataset's validation split"
+        notes.pop("val")
+    for name, share in (("test", TEST_SHARE), ("val", val_split)):
+        if name not in splits:
+            splits["train"], splits[name] = hold_out(splits["train"], share)
+            notes[name] = f"{share:.0%} of the training images, by class, seed {SPLIT_SEED}"
+    return splits, notes
+
+
+def hold_out(split: Split, share: float) -> tuple[Split, Split]:
+    """Divide the rows of each class: (kept, held out)."""
+    random = np.random.default_rng(SPLIT_SEED)
+    held = []
+    for label in np.unique(split.labels):
+        members = random.permutation(split.rows[split.labels == label])
+        held.append(members[: round(len(members) * share)])
+    out = np.sort(np.concatenate(held)) if held else split.rows[:0]
+    return Split(split.table, np.setdiff1d(split.rows, out)), Split(split.table, out)
+
+
+def subset(split: Split, most: int | None, seed: int) -> Split:
+    """At most so many rows, drawn by the seed."""
+    if most is None or most >= len(split):
+        return split
+    rows = np.random.default_rng(seed).permutation(split.rows)[:most]
+    return Split(split.table, np.sort(rows))
+
+
+class TransformedImages(Dataset[tuple[Tensor, int]]):
+    """A split with a transform: index → image (C, H, W) and class."""
+
+    def __init__(self, split: Split, transform: Any) -> None:
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = int(self.split.rows[index])
+        return self.transform(self.split.table.image(row)), int(self.split.table.labels[row])
+
+
+def make_loader(
+    split: Split,
+    data_config: Mapping[str, Any],
+    *,
+    batch_size: int,
+    training: bool,
+    workers: int = 0,
+    seed: int = 0,
+    augmentation: Mapping[str, Any] | None = None,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of a split under timm's transform for the model.
+
+    Args:
+        data_config: of `timm.data.resolve_model_data_config`: input_size, mean, std, interpolation, crop_pct.
+        augmentation: further arguments of `timm.data.create_transform`, for training.
+    """
+    kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    transform = create_transform(**kept, is_training=training, **(augmentation or {}))
+    return DataLoader(
+        TransformedImages(split, transform),
+        batch_size=batch_size,
+        shuffle=training,
+        drop_last=training and len(split) > batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_seed_worker,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _seed_worker(worker: int) -> None:
+    """Give numpy and random, which timm's augmentations use, the worker's own torch seed."""
+    import random
+
+    seed = torch.initial_seed() % 2**32
+    np.random.seed(seed)
+    random.seed(seed)
+    torch.set_num_threads(1)

@@ -1,0 +1,196 @@
+"""fit and evaluate on given objects, on whatever device and precision accelerate finds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nolora_vision.training.errors import RunError
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Progress(Protocol):
+    """Who is told how a run goes."""
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None: ...
+    def step(self, *, loss: float, top1: float, images_per_s: float) -> None: ...
+    def end_epoch(self, row: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one pass over a split."""
+
+    loss: float
+    top1_percent: float
+    top5_percent: float
+    predictions: Tensor
+    """(N,) class of the highest logit."""
+    labels: Tensor
+    """(N,)."""
+    seconds: float
+
+
+@dataclass
+class Fit:
+    """What training gave: the best weights by validation, and its history."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = -1
+    best_val_top1_percent: float = -1.0
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    images_seen: int = 0
+
+    @property
+    def images_per_s(self) -> float:
+        """Training images per second, validation apart."""
+        return self.images_seen / self.train_seconds if self.train_seconds else 0.0
+
+
+def make_accelerator(
+    amp_dtype: str, *, grad_accum_steps: int = 1, report_to: str = "none", folder: Path | None = None
+) -> Accelerator:
+    """accelerate's view of the machine; `amp_dtype` is none, bfloat16 or float16."""
+    precision = {"none": "no", "bfloat16": "bf16", "float16": "fp16"}[amp_dtype]
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise RunError("--amp-dtype float16 needs a GPU. Use bfloat16, which also runs on this processor, or none.")
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=grad_accum_steps,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=None if folder is None else str(folder),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    train: Batches,
+    val: Batches,
+    *,
+    accelerator: Accelerator,
+    epochs: int,
+    progress: Progress,
+    set_training_mode: Callable[[nn.Module], None],
+    loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    clip_grad: float | None = None,
+    ema: Any | None = None,
+) -> Fit:
+    """Train for some epochs, validating after each; nothing is kept but the best epoch's trainable weights.
+
+    Args:
+        scheduler: with `step_update(updates)`, once for each optimizer step, as timm's.
+        set_training_mode: puts the bare model in training mode.
+        mixup: of timm, on a batch and its labels.
+        ema: a moving average of the bare model with `update(model)` and `.module`, which is validated instead.
+
+    Raises:
+        RunError: if the loss is not finite.
+    """
+    result, updates = Fit(), 0
+    bare = accelerator.unwrap_model(model)
+    for epoch in range(epochs):
+        set_training_mode(model)
+        progress.start_epoch(epoch, epochs, len(train))  # type: ignore[arg-type]
+        started, total, right, seen = time.perf_counter(), 0.0, 0, 0
+        for step, (images, labels) in enumerate(train):
+            mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
+            with accelerator.accumulate(model):
+                logits = model(mixed).float()
+                loss = loss_function(logits, targets)
+                value = float(loss.detach())
+                _refuse_not_finite(value, epoch, step, optimizer)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and clip_grad is not None:
+                    accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                updates += 1
+                scheduler.step_update(updates)
+                if ema is not None:
+                    ema.update(bare, step=updates)
+            n = len(labels)
+            total, seen = total + value * n, seen + n
+            right += int((logits.detach().argmax(-1) == labels).sum())
+            rate = seen * accelerator.num_processes / (time.perf_counter() - started)
+            progress.step(loss=total / seen, top1=100 * right / seen, images_per_s=rate)
+        seconds = time.perf_counter() - started
+        result.train_seconds += seconds
+        result.images_seen += seen * accelerator.num_processes
+        judged = model if ema is None else ema.module
+        scores = evaluate(judged, val, accelerator=accelerator)
+        row = {"epoch": epoch + 1, "train_loss": total / seen, "train_top1_percent": 100 * right / seen}
+        row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent, "lr": optimizer.param_groups[0]["lr"]}
+        row |= {"train_seconds": seconds, "images_per_s": seen * accelerator.num_processes / seconds}
+        result.history.append(row)
+        if scores.top1_percent > result.best_val_top1_percent:
+            result.best_epoch, result.best_val_top1_percent = epoch + 1, scores.top1_percent
+            result.best_state = trained_copy(bare, bare if ema is None else ema.module)
+        progress.end_epoch(row)
+        accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch + 1)
+    return result
+
+
+def evaluate(model: nn.Module, batches: Batches, *, accelerator: Accelerator) -> Evaluation:
+    """Score a model on a split, each sample once however many processes there are."""
+    model.eval()
+    started = time.perf_counter()
+    losses, logits_of, labels_of = [], [], []
+    with torch.inference_mode():
+        for images, labels in batches:
+            with accelerator.autocast():
+                logits = model(images).float()
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            gathered = accelerator.gather_for_metrics((loss, logits, labels))
+            for kept, part in zip((losses, logits_of, labels_of), gathered, strict=True):
+                kept.append(part.cpu())
+    logits, labels = torch.cat(logits_of), torch.cat(labels_of)
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return Evaluation(
+        loss=float(torch.cat(losses).double().mean()),
+        top1_percent=100 * float(best[:, 0].double().mean()),
+        top5_percent=100 * float(best.any(1).double().mean()),
+        predictions=logits.argmax(1),
+        labels=labels,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def trained_copy(model: nn.Module, source: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of what trains in a model and of its BatchNorm statistics, as they are in `source`."""
+    values = dict(source.state_dict())
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    names += [name for name, _ in model.named_buffers() if name in values]
+    return {name: values[name].detach().cpu().clone() for name in names}
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put a `trained_copy` back."""
+    own = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def _refuse_not_finite(loss: float, epoch: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+    if not math.isfinite(loss):
+        rates = ", ".join(f"{g.get('name', i)} {g['lr']:.2g}" for i, g in enumerate(optimizer.param_groups))
+        raise RunError(
+            f"The loss is {loss} at step {step + 1} of epoch {epoch + 1} (learning rates: {rates}). Try a smaller --lr "
+            f"or --head-lr, --clip-grad, or --amp-dtype bfloat16 instead of float16."
+        )

@@ -1,0 +1,77 @@
+"""Pictures of a run: learning curve and confusion matrix, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def pyplot() -> Any | None:
+    """matplotlib without a screen, or None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def learning_curve(path: Path, history: Sequence[Mapping[str, float]], *, best_epoch: int, title: str) -> bool:
+    """Loss and top-1 over epochs, training and validation, the chosen epoch marked; False without matplotlib."""
+    plt = pyplot()
+    if plt is None:
+        return False
+    epochs = [row["epoch"] for row in history]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, key, label in ((axes[0], "loss", "cross-entropy"), (axes[1], "top1_percent", "top-1 (%)")):
+        for split, style in (("train", "o--"), ("val", "o-")):
+            axis.plot(epochs, [row[f"{split}_{key}"] for row in history], style, label=split)
+        axis.axvline(best_epoch, color="grey", linewidth=0.8, linestyle=":", label="chosen epoch")
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def confusion_matrix(
+    path: Path, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str], *, title: str
+) -> bool:
+    """Share of each true class by predicted class, in percent; numbers and names as far as they can be read."""
+    plt = pyplot()
+    if plt is None:
+        return False
+    n = len(class_names)
+    counts = np.zeros((n, n), dtype=np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(14.0, max(5.0, 0.5 * n + 2))
+    figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
+    image = axis.imshow(shares, vmin=0, vmax=100, cmap="Blues")
+    figure.colorbar(image, ax=axis, shrink=0.7, label="% of the true class")
+    if n <= 20:
+        for i, j in np.ndindex(n, n):
+            if counts[i, j]:
+                axis.text(
+                    j,
+                    i,
+                    f"{shares[i, j]:.0f}",
+                    ha="center",
+                    va="center",
+                    color="white" if shares[i, j] > 50 else "black",
+                )
+    size = 9 if n <= 40 else 5
+    axis.set_xticks(range(n), class_names, rotation=90, fontsize=size)
+    axis.set_yticks(range(n), class_names, fontsize=size)
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True

@@ -1,0 +1,65 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines otherwise, a table at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class LiveProgress:
+    """One bar for the whole run with loss, top-1, images per second and the remaining time; a line for each epoch."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.live = self.console.is_terminal and sys.stdout.isatty()
+        self.bar = Progress(
+            TextColumn("[bold]epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(
+                "loss {task.fields[loss]:.3f}  top-1 {task.fields[top1]:.1f} %  {task.fields[rate]:.0f} images/s"
+            ),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("", total=None, epoch="", loss=float("nan"), top1=0.0, rate=0.0)
+
+    def __enter__(self) -> LiveProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """An epoch of so many steps begins."""
+        self.epochs = epochs
+        self.bar.update(self.task, total=epochs * steps, epoch=f"{epoch + 1}/{epochs}")
+
+    def step(self, *, loss: float, top1: float, images_per_s: float) -> None:
+        """One batch is done; loss and top-1 are the epoch's means so far."""
+        self.bar.update(self.task, advance=1, loss=loss, top1=top1, rate=images_per_s)
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Print the epoch's line."""
+        self.console.print(
+            f"epoch {row['epoch']:.0f}/{self.epochs}  train loss {row['train_loss']:.3f}  "
+            f"train top-1 {row['train_top1_percent']:.1f} %  val top-1 {row['val_top1_percent']:.2f} %  "
+            f"{row['images_per_s']:.0f} images/s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
+    """A table of names and values."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(name, value)
+    (console or Console()).print(table)
