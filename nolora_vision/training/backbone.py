@@ -51,7 +51,7 @@ def build_model(
         instead = "Or train from scratch with --no-pretrained."
         raise hub_advice(f"The weights of {name}", error, instead=instead) from error
     if grad_checkpointing:
-        model.set_grad_checkpointing()
+        model.set_grad_checkpointing()  # type: ignore[operator]
     return model
 
 

@@ -133,7 +133,7 @@ def make_loader(
     workers: int = 0,
     seed: int = 0,
     augmentation: Mapping[str, Any] | None = None,
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> DataLoader[Any]:
     """Batches of a split under timm's transform for the model.
 
     Args:

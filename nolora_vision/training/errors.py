@@ -10,6 +10,6 @@ def hub_advice(what: str, error: BaseException, *, instead: str) -> RunError:
     reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
     return RunError(
         f"{what} could not be loaded from the Hugging Face Hub ({reason}).\n"
-        f"Without internet: set HF_ENDPOINT to a mirror, or copy the cache (HF_HOME) of a machine that has it here and set "
-        f"HF_HUB_OFFLINE=1. {instead}"
+        f"Without internet: set HF_ENDPOINT to a mirror, or copy the cache (HF_HOME) of a machine that has it here and "
+        f"set HF_HUB_OFFLINE=1. {instead}"
     )
