@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nolora_vision.config import AdapterConfig
-from nolora_vision.surgery.inject import batches_tracked, inject, injection_of, is_injected
+from nolora_vision.surgery.inject import batches_tracked, eject, inject, injection_of, is_injected
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -46,7 +46,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, metadata: Mapping[s
 
     target = Path(directory)
     state = {name: t.detach().cpu().contiguous() for name, t in trained_state(model).items()}
-    config = describe(model) | {"metadata": dict(metadata or {})}
+    config = describe(model) | {"tensors": len(state), "metadata": dict(metadata or {})}
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -69,10 +69,28 @@ def load_adapter(model: Model, directory: str | Path) -> Model:
     config = read_adapter_config(directory)
     state = _read_weights(Path(directory) / WEIGHTS_FILE)
     _refuse_other_model(model, config)
-    if config["adapter"] is not None and not is_injected(model):
-        inject(model, AdapterConfig.from_dict(config["adapter"]))
+    bare, adapter = not is_injected(model), config["adapter"]
+    if bare and adapter is not None:
+        inject(model, AdapterConfig.from_dict(adapter))
+    try:
+        _refuse_other_tensors(model, config, state, directory)
+    except CheckpointError:
+        if bare and adapter is not None:
+            eject(model)
+        raise
     own = model.state_dict(keep_vars=True)
-    missing = sorted(name for name in trained_state(model) if name not in state and own[name].requires_grad)
+    with torch.no_grad():
+        for name, t in state.items():
+            own[name].copy_(t)
+    return model
+
+
+def _refuse_other_tensors(
+    model: nn.Module, config: Mapping[str, Any], state: Mapping[str, Tensor], directory: str | Path
+) -> None:
+    own = model.state_dict(keep_vars=True)
+    wanted = trained_state(model) if is_injected(model) else {}
+    missing = sorted(name for name in wanted if name not in state and own[name].requires_grad)
     unknown = sorted(name for name in state if name not in own)
     shapes = [
         f"{name}: {tuple(t.shape)}, the model has {tuple(own[name].shape)}"
@@ -80,13 +98,11 @@ def load_adapter(model: Model, directory: str | Path) -> Model:
         if name in own and t.shape != own[name].shape
     ]
     problems = (("missing", missing), ("not in the model", unknown), ("of another shape", shapes))
-    if any(names for _, names in problems):
-        lines = [f"  - {len(n)} {what}: {', '.join(n[:4])}{' …' if len(n) > 4 else ''}" for what, n in problems if n]
+    lines = [f"  - {len(n)} {what}: {', '.join(n[:4])}{' …' if len(n) > 4 else ''}" for what, n in problems if n]
+    if len(state) != config.get("tensors"):
+        lines.append(f"  - {len(state)} tensors in {WEIGHTS_FILE}, {config.get('tensors')} according to {CONFIG_FILE}")
+    if lines:
         raise CheckpointError(f"{directory} does not fit this model:\n" + "\n".join(lines))
-    with torch.no_grad():
-        for name, t in state.items():
-            own[name].copy_(t)
-    return model
 
 
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,25 +22,29 @@ def build_model(
     num_classes: int,
     *,
     pretrained: bool = True,
+    pretrained_path: Path | None = None,
     img_size: int | None = None,
     drop_path: float = 0.0,
     grad_checkpointing: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A timm model with a fresh classifier.
+
+    Args:
+        pretrained_path: a safetensors file to start from instead of the weights that timm knows.
+        model_kwargs: further arguments of the timm model.
 
     Raises:
         RunError: if the name is unknown, or its weights cannot be had.
     """
-    bare = (
-        timm.models.split_model_name_tag(name)[0] if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) else ""
-    )
-    if bare and not timm.is_model(bare):
-        near = difflib.get_close_matches(bare, timm.list_models(), n=3, cutoff=0.5)
-        hint = f" Nearest: {', '.join(near)}." if near else ""
-        raise RunError(f"timm {timm.__version__} has no model {name!r}.{hint} All names: timm.list_models().")
-    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    bare = _known_architecture(name)
+    options: dict[str, Any] = {**({"drop_path_rate": drop_path} if drop_path else {}), **(model_kwargs or {})}
     if img_size is not None:
         options["img_size"] = img_size
+    if pretrained_path is not None:
+        if not pretrained_path.is_file():
+            raise RunError(f"--pretrained-path {pretrained_path} is no file. Wanted a .safetensors file of weights.")
+        options["pretrained_cfg_overlay"] = {"file": str(pretrained_path), "num_classes": -1}  # any classifier
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
@@ -51,8 +57,23 @@ def build_model(
         instead = "Or train from scratch with --no-pretrained."
         raise hub_advice(f"The weights of {name}", error, instead=instead) from error
     if grad_checkpointing:
-        model.set_grad_checkpointing()  # type: ignore[operator]
+        try:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError, NotImplementedError) as error:
+            raise RunError(f"{name} has no gradient checkpointing in timm. Leave --grad-checkpointing out.") from error
     return model
+
+
+def _known_architecture(name: str) -> str:
+    """The name without its tag, '' for one that points to the Hub or a folder."""
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return ""
+    bare = timm.models.split_model_name_tag(name)[0]
+    if not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, timm.list_models(), n=3, cutoff=0.5)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise RunError(f"timm {timm.__version__} has no model {name!r}.{hint} All names: timm.list_models().")
+    return bare
 
 
 def apply_method(model: nn.Module, method: str, adapter: AdapterConfig) -> nn.Module:
@@ -74,10 +95,10 @@ def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]
     return config
 
 
-def full_name(model: nn.Module, *, pretrained: bool = True) -> str:
-    """Architecture and pretrained tag, as timm spells them, or `.untrained`: every result states both."""
+def full_name(model: nn.Module, *, pretrained: bool = True, pretrained_path: Path | None = None) -> str:
+    """Architecture and pretrained tag as timm spells them, or the weight file's name, or `untrained`."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    tag = cfg.get("tag") if pretrained else "untrained"
+    tag = (cfg.get("tag") if pretrained_path is None else pretrained_path.stem) if pretrained else "untrained"
     return f"{cfg.get('architecture', type(model).__name__)}{f'.{tag}' if tag else ''}"
 
 

@@ -7,21 +7,25 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nolora_vision.training.errors import RunError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+T = TypeVar("T")
 
 
 class Progress(Protocol):
     """Who is told how a run goes."""
 
+    def __enter__(self) -> Progress: ...
+    def __exit__(self, *exception: object) -> None: ...
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None: ...
     def step(self, *, loss: float, top1: float, images_per_s: float) -> None: ...
     def end_epoch(self, row: Mapping[str, float]) -> None: ...
@@ -56,6 +60,34 @@ class Fit:
     def images_per_s(self) -> float:
         """Training images per second, validation apart."""
         return self.images_seen / self.train_seconds if self.train_seconds else 0.0
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's random numbers, on every device."""
+    set_seed(seed)
+
+
+def on_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return PartialState().is_main_process
+
+
+def from_main_process(make: Callable[[], T]) -> T:
+    """What `make()` returns on the main process, on every process; the others don't call it.
+
+    Raises:
+        Exception: on every process, what `make` raised on the main one.
+    """
+    outcome: list[Any] = [None]
+    if on_main_process():
+        try:
+            outcome = [make()]
+        except Exception as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def make_accelerator(

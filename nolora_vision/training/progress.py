@@ -57,6 +57,25 @@ class LiveProgress:
         )
 
 
+class Silence:
+    """Progress that nobody is told."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """Nothing."""
+
+    def step(self, *, loss: float, top1: float, images_per_s: float) -> None:
+        """Nothing."""
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
 def print_table(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
     """A table of names and values."""
     table = Table(title=title, show_header=False, title_justify="left")

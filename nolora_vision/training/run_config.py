@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,15 +26,19 @@ class RunConfig:
     model: str = "vit_base_patch16_224"
     """Name of a timm model, with or without its pretrained tag."""
     dataset: str = "cifar100"
-    """cifar10, cifar100, digits, a Hugging Face dataset id, or a local folder or parquet or arrow file."""
+    """cifar10, cifar100, digits (or digits:5-9), a Hugging Face dataset id, or a local folder or file."""
     method: Literal["nolora", "lora", "linear", "full"] = "nolora"
     """What trains: nonlinear adapters, linear ones, the classifier alone, or everything."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """The adapters of nolora; lora takes all of it but the nonlinearity and the modulation."""
     pretrained: bool = True
     """Start from pretrained weights."""
+    pretrained_path: Path | None = None
+    """A safetensors file to start from instead of the weights that timm knows."""
     img_size: int | None = None
     """Image height and width in pixels; None takes the pretrained model's own."""
+    model_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Further arguments of the timm model, such as `patch_size 4 depth 6`."""
 
     epochs: int = 10
     """Passes over the training images."""
@@ -44,8 +48,8 @@ class RunConfig:
     """Batches whose gradients are averaged into one step."""
     opt: str = "adamw"
     """Optimizer, by its timm name."""
-    lr: float = 2e-3
-    """Peak learning rate of the adapters, and of the backbone with method full."""
+    lr: float | None = None
+    """Peak learning rate of the adapters, or of the backbone with method full; None takes 2e-3, or 1e-4 with full."""
     head_lr: float | None = 3e-3
     """Peak learning rate of the classifier; None takes lr."""
     weight_decay: float = 1e-4
@@ -118,9 +122,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        if self.pretrained_path is not None:
+            object.__setattr__(self, "pretrained_path", Path(self.pretrained_path))
         problems = list(_range_problems(self))
         if self.eval_only and self.adapter_dir is None:
             problems.append("eval_only needs the adapter to test: --adapter DIR.")
+        if self.pretrained_path is not None and self.pretrained_path.suffix != ".safetensors":
+            problems.append(f"pretrained_path must be a .safetensors file, got {self.pretrained_path}.")
         if self.adapter_dir is not None and not self.eval_only:
             problems.append("--adapter DIR is for --eval-only; without it a fresh adapter is trained.")
         if self.warmup_epochs > self.epochs:
@@ -130,6 +138,30 @@ class RunConfig:
         if problems:
             raise ConfigError("RunConfig", problems)
 
+    def resolved(self) -> RunConfig:
+        """The same config with the method's own learning rate in place of None."""
+        return self if self.lr is not None else replace(self, lr=DEFAULT_LR[self.method])
+
+    def for_adapter(self, saved: Mapping[str, Any]) -> RunConfig:
+        """The same config with the model that a saved adapter was trained on; own weights and image size win.
+
+        Args:
+            saved: contents of the adapter's `adapter_config.json`.
+        """
+        facts = saved.get("metadata", {})
+        path = self.pretrained_path or facts.get("pretrained_path")
+        return replace(
+            self,
+            model=saved["architecture"] + (f".{saved['pretrained_tag']}" if saved["pretrained_tag"] else ""),
+            pretrained=self.pretrained and facts.get("pretrained", True),
+            pretrained_path=None if path is None else Path(path),
+            img_size=self.img_size or facts.get("img_size"),
+            model_kwargs=self.model_kwargs or facts.get("model_kwargs", {}),
+        )
+
+
+DEFAULT_LR = {"nolora": 2e-3, "lora": 2e-3, "linear": 2e-3, "full": 1e-4}
+"""Peak learning rate by method, where none is given."""
 
 _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),

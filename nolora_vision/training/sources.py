@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,8 @@ def load_tables(
     Raises:
         RunError: if it cannot be found or read, or its columns cannot be told.
     """
-    if name == "digits":
-        return digits()
+    if name == "digits" or re.fullmatch(r"digits:[0-9]-[0-9]", name):
+        return digits(name.removeprefix("digits:") if ":" in name else "0-9")
     if Path(name).exists():
         return _local(Path(name), image_key, label_key)
     known = REGISTRY.get(name)
@@ -73,11 +74,17 @@ def load_tables(
     return tables, {"id": hub_id, "revision": revision or "main", "fingerprint": fingerprint}
 
 
-def digits() -> tuple[dict[str, Table], dict[str, Any]]:
+def digits(classes: str = "0-9") -> tuple[dict[str, Table], dict[str, Any]]:
     """1,797 real handwritten digits of 8×8 pixels that ship with scikit-learn; every fifth of a class is for the test.
+
+    Args:
+        classes: first and last digit, to take only some of them: `5-9`.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
+    first, last = int(classes[0]), int(classes[-1])
+    if first >= last:
+        raise RunError(f"digits:{classes} has fewer than two classes. Wanted first-last, such as digits:5-9.")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -87,15 +94,17 @@ def digits() -> tuple[dict[str, Table], dict[str, Any]]:
     seen: dict[int, int] = {}
     rows: dict[str, list[int]] = {"train": [], "test": []}
     for i, label in enumerate(bunch.target.tolist()):
-        seen[label] = seen.get(label, 0) + 1
-        rows["test" if seen[label] % 5 == 0 else "train"].append(i)
-    names = tuple(str(digit) for digit in range(10))
+        if first <= label <= last:
+            seen[label] = seen.get(label, 0) + 1
+            rows["test" if seen[label] % 5 == 0 else "train"].append(i)
+    names = tuple(str(digit) for digit in range(first, last + 1))
 
     def table(indices: list[int]) -> Table:
         images = [Image.fromarray(pixels[i]).convert("RGB") for i in indices]
-        return Table(images.__getitem__, [int(bunch.target[i]) for i in indices], names)
+        return Table(images.__getitem__, [int(bunch.target[i]) - first for i in indices], names)
 
-    return {split: table(indices) for split, indices in rows.items()}, {"id": "digits", "source": "scikit-learn"}
+    name = "digits" if classes == "0-9" else f"digits:{classes}"
+    return {split: table(indices) for split, indices in rows.items()}, {"id": name, "source": "scikit-learn"}
 
 
 def _load_from_hub(hub_id: str, revision: str | None) -> Mapping[str, Any]:

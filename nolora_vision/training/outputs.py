@@ -1,0 +1,131 @@
+"""What a run leaves behind: its folder, record, history, adapter and pictures, and the table at the end."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nolora_vision import save_adapter, summary
+from nolora_vision.training import figures
+from nolora_vision.training.data import ImageData
+from nolora_vision.training.engine import Evaluation, Fit
+from nolora_vision.training.errors import RunError
+from nolora_vision.training.progress import print_table
+from nolora_vision.training.record import environment, peak_memory, write_atomic, write_record
+from nolora_vision.training.run_config import RunConfig, as_plain, dump_run_config
+
+
+def make_folder(config: RunConfig, model_name: str, size: int) -> Path:
+    """A new folder for the run, `output/<time>-<model>-<size>` or the experiment's name; never one that exists.
+
+    Raises:
+        RunError: if it cannot be made.
+    """
+    stem = config.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{model_name}-{size}"
+    for n in range(1000):
+        folder = config.output / (stem if n == 0 else f"{stem}-{n}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not config.output.is_dir():
+                raise RunError(f"--output {config.output} is not a folder. Choose another.") from None
+            continue
+        except OSError as error:
+            raise RunError(
+                f"The run's folder {folder} cannot be made ({error.strerror}). Choose an --output."
+            ) from error
+        write_atomic(folder / "args.yaml", dump_run_config(config))
+        return folder
+    raise RunError(f"{config.output / stem} and its numbered successors exist already. Choose another --experiment.")
+
+
+def make_record(
+    config: RunConfig, data: ImageData, model: nn.Module, result: Fit, test: Evaluation, *, name: str, seconds: float
+) -> dict[str, Any]:
+    """Everything that the run says of itself; units are in the names, rates count validation apart."""
+    counts = summary(model)
+    return {
+        "method": config.method,
+        "model": name,
+        "dataset": dict(data.about),
+        "metrics": {
+            "test_top1_percent": test.top1_percent,
+            "test_top5_percent": test.top5_percent,
+            "test_loss": test.loss,
+            "val_top1_percent": result.best_val_top1_percent,
+            "best_epoch": result.best_epoch,
+            "train_seconds": result.train_seconds,
+            "test_seconds": test.seconds,
+            "total_seconds": seconds,
+            "train_images_per_s": result.images_per_s,
+            "test_images_per_s": len(test.labels) / test.seconds,
+            **peak_memory(),
+        },
+        "parameters": {
+            "trainable_without_head": counts.trainable_params - counts.head_params,
+            "adapter": counts.adapter_params,
+            "head": counts.head_params,
+            "total": counts.total_params,
+        },
+        "config": as_plain(asdict(config)),
+        "environment": environment(),
+    }
+
+
+def save_outputs(
+    folder: Path, record: Mapping[str, Any], data: ImageData, model: nn.Module, result: Fit, test: Evaluation
+) -> None:
+    """Adapter, history, pictures and, when all of them are there, the record."""
+    config = record["config"]
+    facts = {key: record[key] for key in ("method", "model", "metrics")}
+    facts |= {key: config[key] for key in ("img_size", "model_kwargs", "pretrained_path", "pretrained")}
+    facts |= {"class_names": list(data.class_names), "dataset": record["dataset"]["id"]}
+    save_adapter(model, folder / "adapter", metadata=facts)
+    write_atomic(folder / "summary.csv", history_csv(result.history))
+    title = f"{record['method']}, {record['model']}, {record['dataset']['id']}"
+    drawn = figures.learning_curve(
+        folder / "learning_curve.png", result.history, best_epoch=result.best_epoch, title=title
+    )
+    drawn = drawn and figures.confusion_matrix(
+        folder / "confusion_matrix.png", test.labels.numpy(), test.predictions.numpy(), data.class_names, title=title
+    )
+    if not drawn:
+        print("No pictures: pip install 'nolora-vision[plots]' for matplotlib.")
+    write_record(folder / "record.json", dict(record))
+
+
+def history_csv(history: Sequence[Mapping[str, float]]) -> str:
+    """One line for each epoch."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return stream.getvalue()
+
+
+def show(record: Mapping[str, Any], folder: Path) -> None:
+    """The table at the end, and where things are."""
+    metrics, parameters = record["metrics"], record["parameters"]
+    rows = [
+        ("test top-1", f"{metrics['test_top1_percent']:.2f} %"),
+        *([("test top-5", f"{metrics['test_top5_percent']:.2f} %")] if record["dataset"]["num_classes"] > 5 else []),
+        ("validation top-1", f"{metrics['val_top1_percent']:.2f} % (epoch {metrics['best_epoch']}, the one tested)"),
+        ("trainable parameters", f"{parameters['trainable_without_head']:,} + head {parameters['head']:,}"),
+        ("time", f"{metrics['total_seconds']:.0f} s, of it training {metrics['train_seconds']:.0f} s"),
+        ("training speed", f"{metrics['train_images_per_s']:.0f} images/s"),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB ({metrics['peak_memory_of']})"),
+    ]
+    print_table(f"{record['method']} · {record['model']} · {record['dataset']['id']}", rows)
+    print(f"{folder}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in folder.iterdir()))}")
+    print(f"Test it again: python train.py --eval-only --adapter {folder / 'adapter'} --dataset {_dataset_of(record)}")
+
+
+def _dataset_of(record: Mapping[str, Any]) -> str:
+    return str(record["config"]["dataset"])
