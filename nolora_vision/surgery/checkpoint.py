@@ -29,7 +29,13 @@ class CheckpointError(ValueError):
     """An adapter directory that cannot be read, or does not belong to this model; the model is unchanged."""
 
 
-def save_adapter(model: nn.Module, directory: str | Path, *, metadata: Mapping[str, Any] | None = None) -> Path:
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> Path:
     """Write what training changed, and which model it belongs to, as one directory.
 
     `adapter_model.safetensors` holds every trainable parameter and the BatchNorm statistics that moved, by their names
@@ -38,6 +44,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, metadata: Mapping[s
 
     Args:
         metadata: JSON-able facts to keep with it, such as class names and metrics.
+        preprocessing: what evaluation did to images (input_size, mean, std, interpolation, crop_pct, crop_mode), where
+            it differs from the model's own pretrained config.
 
     Returns:
         The directory.
@@ -46,7 +54,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, metadata: Mapping[s
 
     target = Path(directory)
     state = {name: t.detach().cpu().contiguous() for name, t in trained_state(model).items()}
-    config = describe(model) | {"tensors": len(state), "metadata": dict(metadata or {})}
+    config = describe(model, preprocessing) | {"tensors": len(state), "metadata": dict(metadata or {})}
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -137,19 +145,22 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def describe(model: nn.Module, preprocessing: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What the model is, and what its adapters are, for `adapter_config.json`."""
     from nolora_vision import __version__
 
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    images = {**cfg, **(preprocessing or {})}
     return {
         "format_version": FORMAT_VERSION,
         "adapter": asdict(injection_of(model).config) if is_injected(model) else None,
         "architecture": cfg.get("architecture", type(model).__name__),
         "pretrained_tag": cfg.get("tag", ""),
         "num_classes": getattr(model, "num_classes", None),
-        "preprocessing": {key: cfg[key] for key in preprocessing if cfg.get(key) is not None},
+        "preprocessing": {key: images[key] for key in PREPROCESSING if images.get(key) is not None},
         "versions": {"nolora_vision": __version__, "torch": str(torch.__version__)},
     }
 

@@ -87,11 +87,13 @@ def apply_method(model: nn.Module, method: str, adapter: AdapterConfig) -> nn.Mo
     return model
 
 
-def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
-    """timm's preprocessing for the model, at another image size if one is given."""
+def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float | None = None) -> dict[str, Any]:
+    """timm's preprocessing for the model, at another image size or crop if one is given."""
     config = resolve_model_data_config(model)
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
+    if crop_pct is not None:
+        config["crop_pct"] = crop_pct
     return config
 
 

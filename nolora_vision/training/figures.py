@@ -75,3 +75,36 @@ def confusion_matrix(
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
+
+
+def method_comparison(path: Path, results: Sequence[Mapping[str, Any]], *, title: str) -> bool:
+    """Left: test top-1 of every seed, with the mean, over trainable parameters; right: validation top-1 by epoch.
+
+    Args:
+        results: with method, trainable_without_head, head, test_top1_percent and val_top1_percent_by_epoch by seed.
+    """
+    plt = pyplot()
+    if plt is None:
+        return False
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for i, result in enumerate(results):
+        size = result["trainable_without_head"] + result["head"]
+        scores, colour = result["test_top1_percent"], f"C{i}"
+        left.plot([size] * len(scores), scores, "o", color=colour, alpha=0.5)
+        left.plot([size], [np.mean(scores)], "_", color=colour, markersize=22, label=result["method"])
+        curves = np.asarray(result["val_top1_percent_by_epoch"])
+        epochs = np.arange(1, curves.shape[1] + 1)
+        right.plot(epochs, curves.mean(0), color=colour, label=result["method"])
+        right.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+    left.set(xscale="log", xlabel="trainable parameters, with the head", ylabel="test top-1 (%)")
+    left.set_title("each seed, and the mean (bar)", fontsize=10)
+    right.set(xlabel="epoch", ylabel="validation top-1 (%)")
+    right.set_title("mean and range of the seeds", fontsize=10)
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True

@@ -80,14 +80,20 @@ def make_record(
 
 
 def save_outputs(
-    folder: Path, record: Mapping[str, Any], data: ImageData, model: nn.Module, result: Fit, test: Evaluation
+    folder: Path,
+    record: Mapping[str, Any],
+    data: ImageData,
+    images: Mapping[str, Any],
+    model: nn.Module,
+    result: Fit,
+    test: Evaluation,
 ) -> None:
     """Adapter, history, pictures and, when all of them are there, the record."""
     config = record["config"]
     facts = {key: record[key] for key in ("method", "model", "metrics")}
     facts |= {key: config[key] for key in ("img_size", "model_kwargs", "pretrained_path", "pretrained")}
     facts |= {"class_names": list(data.class_names), "dataset": record["dataset"]["id"]}
-    save_adapter(model, folder / "adapter", metadata=facts)
+    save_adapter(model, folder / "adapter", metadata=facts, preprocessing=images)
     write_atomic(folder / "summary.csv", history_csv(result.history))
     title = f"{record['method']}, {record['model']}, {record['dataset']['id']}"
     drawn = figures.learning_curve(

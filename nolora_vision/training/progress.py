@@ -57,6 +57,55 @@ class LiveProgress:
         )
 
 
+class RunsProgress:
+    """One bar for several runs, whatever the length of each, with what the current one is."""
+
+    def __init__(self, runs: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.bar = Progress(
+            TextColumn("[bold]{task.fields[what]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=runs, what="", loss=float("nan"))
+        self.begun, self.share, self.depth = 0, 0.0, 0
+
+    def __enter__(self) -> RunsProgress:
+        self.depth += 1
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+        if not self.depth:  # each run enters and leaves it too
+            self.bar.stop()
+
+    def begin(self, what: str) -> None:
+        """The next run begins; the one before counts as done."""
+        self.bar.update(self.task, completed=self.begun, what=what)
+        self.begun += 1
+
+    def say(self, text: str) -> None:
+        """Print above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """An epoch of so many steps begins."""
+        self.share = 1 / (epochs * steps)
+
+    def step(self, *, loss: float, top1: float, images_per_s: float) -> None:
+        """One batch is done."""
+        self.bar.update(self.task, advance=self.share, loss=loss)
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Nothing: a line for each epoch of each run would be too many."""
+
+
 class Silence:
     """Progress that nobody is told."""
 
@@ -81,4 +130,16 @@ def print_table(title: str, rows: Sequence[tuple[str, str]], console: Console | 
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows:
         table.add_row(name, value)
+    (console or Console()).print(table)
+
+
+def print_columns(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
+) -> None:
+    """A table with a header; numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
     (console or Console()).print(table)

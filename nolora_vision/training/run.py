@@ -76,13 +76,13 @@ def run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any
     data = load_config_data(config)
     model = apply_method(build_config_model(config, len(data.class_names)), config.method, config.adapter)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
-    size = data_config(model, config.img_size)["input_size"][-1]
-    folder = Path(from_main_process(lambda: str(outputs.make_folder(config, name, size))))
-    result, test = train_and_test(config, data, model, folder, progress or LiveProgress())
+    images = data_config(model, config.img_size, config.crop_pct or data.about.get("crop_pct"))
+    folder = Path(from_main_process(lambda: str(outputs.make_folder(config, name, images["input_size"][-1]))))
+    result, test = train_and_test(config, data, images, model, folder, progress or LiveProgress())
     seconds = time.perf_counter() - started
     record = outputs.make_record(config, data, model, result, test, name=name, seconds=seconds)
     if on_main_process():
-        outputs.save_outputs(folder, record, data, model, result, test)
+        outputs.save_outputs(folder, record, data, images, model, result, test)
         if progress is None:
             outputs.show(record, folder)
     return {**record, "folder": str(folder), "history": result.history}
@@ -117,9 +117,18 @@ def build_config_model(config: RunConfig, num_classes: int) -> nn.Module:
 
 
 def train_and_test(
-    config: RunConfig, data: ImageData, model: nn.Module, folder: Path, progress: Progress
+    config: RunConfig,
+    data: ImageData,
+    images: Mapping[str, Any],
+    model: nn.Module,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[Fit, Evaluation]:
-    """Fit, go back to the best epoch by validation, and score the test split once."""
+    """Fit, go back to the best epoch by validation, and score the test split once.
+
+    Args:
+        images: the preprocessing, from `data_config`.
+    """
     accelerator = make_accelerator(
         config.amp_dtype, grad_accum_steps=config.grad_accum_steps, report_to=config.report_to, folder=folder
     )
@@ -127,7 +136,7 @@ def train_and_test(
         accelerator.init_trackers("nolora-vision", config={"config": json.dumps(as_plain(asdict(config)))})
     groups = param_groups(model, lr=config.lr or 0.0, head_lr=config.head_lr, weight_decay=config.weight_decay)
     optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
-    train, val = (loader(config, data, model, split, training=split is data.train) for split in (data.train, data.val))
+    train, val = (loader(config, images, split, training=split is data.train) for split in (data.train, data.val))
     scheduler = make_scheduler(config, optimizer, batches=len(train) // accelerator.num_processes)
     ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
     runnable = torch.compile(model) if config.torchcompile else model
@@ -150,7 +159,7 @@ def train_and_test(
             ema=ema,
         )
     restore(model, result.best_state)
-    test = accelerator.prepare(loader(config, data, model, data.test, training=False))
+    test = accelerator.prepare(loader(config, images, data.test, training=False))
     scores = evaluate(runnable, test, accelerator=accelerator)
     accelerator.log({"test_top1_percent": scores.top1_percent}, step=config.epochs)
     accelerator.end_training()
@@ -176,12 +185,12 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, *, batch
     return scheduler
 
 
-def loader(config: RunConfig, data: ImageData, model: nn.Module, split: Split, *, training: bool) -> Any:
+def loader(config: RunConfig, images: Mapping[str, Any], split: Split, *, training: bool) -> Any:
     """Batches of one split, as the model wants its images."""
     augmentation = {"scale": config.scale, "hflip": config.hflip, "auto_augment": config.aa, "re_prob": config.reprob}
     return make_loader(
         split,
-        data_config(model, config.img_size),
+        images,
         batch_size=config.batch_size,
         training=training,
         workers=config.workers,
@@ -211,7 +220,8 @@ def run_eval_only(config: RunConfig) -> dict[str, Any]:
     directory, config = config.adapter_dir, config.for_adapter(saved)
     model = load_adapter(build_config_model(config, saved["num_classes"]), directory)
     accelerator = make_accelerator(config.amp_dtype)
-    batches = loader(config, data, model, data.test, training=False)
+    images = data_config(model, config.img_size, config.crop_pct or data.about.get("crop_pct"))
+    batches = loader(config, images, data.test, training=False)
     scores = evaluate(*accelerator.prepare(model, batches), accelerator=accelerator)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
     rows = [

@@ -83,6 +83,8 @@ class RunConfig:
     """timm's AutoAugment policy, such as rand-m9-mstd0.5; None is off."""
     reprob: float = 0.0
     """Probability of erasing a random rectangle."""
+    crop_pct: float | None = None
+    """Share of the image that evaluation looks at; None takes the dataset's (1 for CIFAR) or else the model's own."""
     image_key: str | None = None
     """Column of the images; None finds it."""
     label_key: str | None = None
@@ -181,6 +183,8 @@ def _range_problems(config: RunConfig) -> Iterable[str]:
         value = getattr(config, name)
         if not 0 <= value <= 1:
             yield f"{name} must be between 0 and 1, got {value}."
+    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
+        yield f"crop_pct must be in (0, 1], got {config.crop_pct}."
     for value in config.scale:
         if not 0 < value <= 1:
             yield f"scale must be fractions of the image in (0, 1], got {value}."

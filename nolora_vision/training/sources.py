@@ -22,11 +22,13 @@ class HubDataset:
     image: str
     label: str
     num_classes: int
+    crop_pct: float | None = None
+    """Share of the image that evaluation looks at, where the model's own (often 0.9 or less) would cut objects off."""
 
 
 REGISTRY: Mapping[str, HubDataset] = {
-    "cifar10": HubDataset("uoft-cs/cifar10", "img", "label", 10),
-    "cifar100": HubDataset("uoft-cs/cifar100", "img", "fine_label", 100),
+    "cifar10": HubDataset("uoft-cs/cifar10", "img", "label", 10, crop_pct=1.0),
+    "cifar100": HubDataset("uoft-cs/cifar100", "img", "fine_label", 100, crop_pct=1.0),
 }
 LABEL_NAMES = ("label", "labels", "fine_label", "variant", "cls", "class", "target")
 SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -71,7 +73,8 @@ def load_tables(
         got = len(tables["train"].class_names)
         raise RunError(f"{hub_id} should have {known.num_classes} classes, this copy has {got}.")
     fingerprint = {split: getattr(rows, "_fingerprint", None) for split, rows in splits.items()}
-    return tables, {"id": hub_id, "revision": revision or "main", "fingerprint": fingerprint}
+    about = {"id": hub_id, "revision": revision or "main", "fingerprint": fingerprint}
+    return tables, about | ({"crop_pct": known.crop_pct} if known is not None and known.crop_pct else {})
 
 
 def digits(classes: str = "0-9") -> tuple[dict[str, Table], dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""What happens to many runs, and to many models."""
