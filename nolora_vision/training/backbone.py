@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -55,7 +56,7 @@ def build_model(
         raise
     except Exception as error:
         instead = "Or train from scratch with --no-pretrained."
-        raise hub_advice(f"The weights of {name}", error, instead=instead) from error
+        raise hub_advice(f"The weights of {name}", "model", error, instead=instead) from error
     if grad_checkpointing:
         try:
             model.set_grad_checkpointing()  # type: ignore[operator]
@@ -95,6 +96,26 @@ def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float |
     if crop_pct is not None:
         config["crop_pct"] = crop_pct
     return config
+
+
+@torch.no_grad()
+def refuse_wrong_size(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Run the model once on an empty image of this size (C, H, W), in evaluation mode.
+
+    Raises:
+        RunError: if it does not take it.
+    """
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, *input_size))
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise RunError(
+            f"{type(model).__name__} does not take images of {input_size[1]}×{input_size[2]} pixels ({reason}). "
+            f"Choose another --img-size, or leave it out for the pretrained model's own."
+        ) from error
+    finally:
+        model.train(training)
 
 
 def full_name(model: nn.Module, *, pretrained: bool = True, pretrained_path: Path | None = None) -> str:

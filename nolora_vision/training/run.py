@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.data.auto_augment import auto_augment_transform
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -26,8 +27,16 @@ from nolora_vision import (
     param_groups,
     read_adapter_config,
 )
+from nolora_vision.config import did_you_mean
 from nolora_vision.training import outputs
-from nolora_vision.training.backbone import apply_method, build_model, data_config, full_name, training_mode
+from nolora_vision.training.backbone import (
+    apply_method,
+    build_model,
+    data_config,
+    full_name,
+    refuse_wrong_size,
+    training_mode,
+)
 from nolora_vision.training.data import ImageData, Split, load_data, make_loader
 from nolora_vision.training.engine import (
     Evaluation,
@@ -71,12 +80,15 @@ def run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any
     if config.eval_only:
         return run_eval_only(config)
     config = config.resolved()
+    refuse_unknown_names(config)
     started = time.perf_counter()
     seed_everything(config.seed)
     data = load_config_data(config)
-    model = apply_method(build_config_model(config, len(data.class_names)), config.method, config.adapter)
-    name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
+    model = build_config_model(config, len(data.class_names))
     images = data_config(model, config.img_size, config.crop_pct or data.about.get("crop_pct"))
+    refuse_wrong_size(model, images["input_size"])
+    apply_method(model, config.method, config.adapter)
+    name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
     folder = Path(from_main_process(lambda: str(outputs.make_folder(config, name, images["input_size"][-1]))))
     result, test = train_and_test(config, data, images, model, folder, progress or LiveProgress())
     seconds = time.perf_counter() - started
@@ -86,6 +98,26 @@ def run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any
         if progress is None:
             outputs.show(record, folder)
     return {**record, "folder": str(folder), "history": result.history}
+
+
+def refuse_unknown_names(config: RunConfig) -> None:
+    """Check the names that only timm knows, before anything is loaded.
+
+    Raises:
+        RunError: if timm has no such optimizer, schedule or augmentation.
+    """
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    checks = {
+        "opt": lambda: create_optimizer_v2([parameter], opt=config.opt, lr=config.lr),
+        "sched": lambda: make_scheduler(config, torch.optim.SGD([parameter], lr=1.0), batches=1),
+        "aa": lambda: auto_augment_transform(config.aa, {}) if config.aa else None,
+    }
+    for field, check in checks.items():
+        try:
+            check()
+        except Exception as error:  # timm raises many kinds
+            hint = did_you_mean(config.opt, map(str, list_optimizers())) if field == "opt" else ""
+            raise RunError(f"--{field} {getattr(config, field)}: {str(error).rstrip('.')}.{hint}") from error
 
 
 def load_config_data(config: RunConfig) -> ImageData:

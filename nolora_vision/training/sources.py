@@ -117,13 +117,13 @@ def _load_from_hub(hub_id: str, revision: str | None) -> Mapping[str, Any]:
         return datasets.load_dataset(hub_id, revision=revision)
     except datasets.exceptions.DatasetNotFoundError as error:
         if isinstance(error.__cause__, (ConnectionError, OSError)):
-            raise hub_advice(f"Dataset {hub_id}", error, instead=instead) from error
+            raise hub_advice(f"Dataset {hub_id}", "dataset", error, instead=instead) from error
         raise RunError(
             f"Dataset {hub_id!r} does not exist on the Hub, or is private. Check its name, log in with `hf auth "
             f"login`, or use one of {', '.join(('digits', *REGISTRY))}."
         ) from error
     except Exception as error:  # clients raise many kinds for a failed download
-        raise hub_advice(f"Dataset {hub_id}", error, instead=instead) from error
+        raise hub_advice(f"Dataset {hub_id}", "dataset", error, instead=instead) from error
 
 
 def _local(path: Path, image_key: str | None, label_key: str | None) -> tuple[dict[str, Table], dict[str, Any]]:
