@@ -72,16 +72,14 @@ class LowRankAdapter(nn.Module):
 
     def operands(self) -> LowRank:
         """What `low_rank_delta` needs of this adapter."""
-        config = self.config
+        config = self.config  # attributes, not get_parameter: stand-ins of any kind may be in their place
         return LowRank(
             down=self.lora_A,
             up=self.lora_B,
-            v=None if config.modulation == "none" else self.get_parameter("v"),
-            gate=(self.get_parameter("gate_weight"), self.get_parameter("gate_bias"))
-            if config.modulation == "gate"
-            else None,
+            v=None if config.modulation == "none" else self.v,  # type: ignore[arg-type]
+            gate=(self.gate_weight, self.gate_bias) if config.modulation == "gate" else None,  # type: ignore[arg-type]
             nonlinearity=config.nonlinearity,
-            theta=tuple(self.get_parameter(name) for name in FORMULAS[config.nonlinearity].theta),
+            theta=tuple(getattr(self, name) for name in FORMULAS[config.nonlinearity].theta),
             scale=self.scale,
             rows=self.rows,
         )

@@ -65,9 +65,29 @@ def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
 
 def _forward_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """No memory, no arithmetic: parameters and buffers are stood in for by meta tensors during the call."""
-    state = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-    moved = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
-    torch.func.functional_call(model, state, moved)
+    with _on_meta(model):
+        model(*(x.to("meta") if isinstance(x, Tensor) else x for x in inputs))
+
+
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """Stand-ins for every parameter and buffer, then the very same objects again.
+
+    Not torch.func.functional_call: on a module with two names (CoaT's shared MLPs) it leaves a stand-in behind.
+    """
+    stand_ins: dict[int, Tensor] = {}
+    tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = stand_ins.setdefault(id(tensor), torch.empty_like(tensor, device="meta"))
+        yield
+    finally:
+        for table, original in zip(tables, before, strict=True):
+            table.clear()  # a forward may have added a buffer
+            table.update(original)
 
 
 def _forward_for_real(model: nn.Module, inputs: tuple[Any, ...]) -> None:

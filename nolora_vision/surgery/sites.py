@@ -144,7 +144,7 @@ def cure_bypass(model: nn.Module, paths: Iterable[str]) -> list[str]:
     for path in paths:
         owner = path.rpartition(".")[0]
         attention = model.get_submodule(owner)
-        if getattr(attention, BYPASS_FLAG, True) is False:
+        if getattr(attention, BYPASS_FLAG, True) is False and getattr(attention, "q_bias", None) is not None:
             setattr(attention, BYPASS_FLAG, True)
             cured.append(owner)
     return cured

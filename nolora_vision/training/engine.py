@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,15 +91,24 @@ def from_main_process(make: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def precision_of(amp_dtype: str) -> str:
+    """accelerate's name of an autocast type: none, bfloat16 or float16.
+
+    Raises:
+        RunError: if this machine cannot compute in it.
+    """
+    if amp_dtype == "float16" and not torch.cuda.is_available():
+        raise RunError("--amp-dtype float16 needs a GPU. Use bfloat16, which also runs on this processor, or none.")
+    return {"none": "no", "bfloat16": "bf16", "float16": "fp16"}[amp_dtype]
+
+
 def make_accelerator(
     amp_dtype: str, *, grad_accum_steps: int = 1, report_to: str = "none", folder: Path | None = None
 ) -> Accelerator:
     """accelerate's view of the machine; `amp_dtype` is none, bfloat16 or float16."""
-    precision = {"none": "no", "bfloat16": "bf16", "float16": "fp16"}[amp_dtype]
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise RunError("--amp-dtype float16 needs a GPU. Use bfloat16, which also runs on this processor, or none.")
+    AcceleratorState._reset_state()  # accelerate keeps the first precision of a process; several runs may share one
     return Accelerator(
-        mixed_precision=precision,
+        mixed_precision=precision_of(amp_dtype),
         gradient_accumulation_steps=grad_accum_steps,
         log_with=None if report_to == "none" else report_to,
         project_dir=None if folder is None else str(folder),
@@ -134,7 +144,7 @@ def fit(
         RunError: if the loss is not finite.
     """
     result, updates = Fit(), 0
-    bare = accelerator.unwrap_model(model)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     for epoch in range(epochs):
         set_training_mode(model)
         progress.start_epoch(epoch, epochs, len(train))  # type: ignore[arg-type]

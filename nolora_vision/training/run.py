@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.data.auto_augment import auto_augment_transform
+from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -47,6 +46,7 @@ from nolora_vision.training.engine import (
     from_main_process,
     make_accelerator,
     on_main_process,
+    precision_of,
     restore,
     seed_everything,
 )
@@ -106,11 +106,12 @@ def refuse_unknown_names(config: RunConfig) -> None:
     Raises:
         RunError: if timm has no such optimizer, schedule or augmentation.
     """
+    precision_of(config.amp_dtype)
     parameter = nn.Parameter(torch.zeros(1, 1))
     checks = {
         "opt": lambda: create_optimizer_v2([parameter], opt=config.opt, lr=config.lr),
         "sched": lambda: make_scheduler(config, torch.optim.SGD([parameter], lr=1.0), batches=1),
-        "aa": lambda: auto_augment_transform(config.aa, {}) if config.aa else None,
+        "aa": lambda: create_transform((3, 32, 32), is_training=True, auto_augment=config.aa),
     }
     for field, check in checks.items():
         try:

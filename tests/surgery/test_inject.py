@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import nolora_vision
 from nolora_vision import AdapterConfig, InjectionError
+from nolora_vision.surgery import reach
 from nolora_vision.surgery.adapter import adapted_layers
 
 FAMILIES = ["test_vit", "swinv2_tiny_window8_256", "eva02_tiny_patch14_224", "levit_128s", "pvt_v2_b0", "test_coatnet"]
@@ -82,6 +83,17 @@ def test_a_bypassed_layer_is_reported_and_the_model_untouched() -> None:
     with pytest.raises(InjectionError, match=r"1 of 1 adapters are never called by the model.*qkv"):
         nolora_vision.inject(model, example_input=torch.randn(2, 8))
     assert type(model.qkv) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "coat_tiny"])  # CoaT's shared MLPs have two names each
+def test_the_proof_runs_on_meta_and_leaves_the_same_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "_forward_for_real", None)
+    model = timm.create_model(name)
+    before = {key: (id(t), t.clone()) for key, t in model.state_dict(keep_vars=True).items()}
+    nolora_vision.inject(model)
+    for key, t in model.state_dict(keep_vars=True).items():
+        if ".adapter." not in key:
+            assert id(t) == before[key][0] and torch.equal(t, before[key][1]), key
 
 
 @pytest.mark.parametrize(

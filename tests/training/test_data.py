@@ -1,0 +1,156 @@
+"""Datasets of every kind, their splits, and what is said when they cannot be read."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from nolora_vision.training import sources
+from nolora_vision.training.data import ImageData, load_data, make_loader
+from nolora_vision.training.errors import RunError
+
+PREPROCESSING = {
+    "input_size": (3, 16, 16),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def picture(i: int, mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(np.full((8, 8, 3), 10 * (i % 25), dtype=np.uint8)).convert(mode)
+
+
+def dataset_of(n: int, *, image: str = "image", label: str = "label", names: list[str] | None = None, **more):
+    labels = [i % 2 for i in range(n)]
+    features = {image: datasets.Image(), label: datasets.ClassLabel(names=names or ["cat", "dog"])}
+    features |= {key: datasets.Value("int64") for key in more}
+    columns = {image: [picture(i, "L") for i in range(n)], label: labels, **more}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def rows(data: ImageData) -> dict[str, set[int]]:
+    return {name: set(getattr(data, name).rows.tolist()) for name in ("train", "val", "test")}
+
+
+def test_digits_splits_are_disjoint_fixed_and_stratified() -> None:
+    data, again = load_data("digits", seed=0, max_train_samples=100), load_data("digits", seed=1, max_train_samples=100)
+    assert rows(data)["val"] == rows(again)["val"] and rows(data)["train"] != rows(again)["train"]
+    assert not rows(data)["train"] & rows(data)["val"]
+    counts = np.bincount(load_data("digits").val.labels)
+    assert len(counts) == 10 and counts.max() - counts.min() <= 1
+    full = load_data("digits")
+    assert len(full.train) + len(full.val) + len(full.test) == 1797
+    assert full.about["train_images"] == len(full.train)
+
+
+def test_digits_by_class_range() -> None:
+    data = load_data("digits:5-9")
+    assert data.class_names == ("5", "6", "7", "8", "9") and set(data.train.labels) == set(range(5))
+    with pytest.raises(RunError, match="fewer than two classes"):
+        load_data("digits:7-7")
+
+
+def test_evaluation_subsets_do_not_depend_on_the_seed() -> None:
+    a, b = (load_data("digits", seed=seed, max_eval_samples=20) for seed in (0, 1))
+    assert np.array_equal(a.test.rows, b.test.rows) and len(a.test) == len(a.val) == 20
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "save_to_disk", "one_file"])
+def test_local_tables(tmp_path: Path, kind: str) -> None:
+    rows = dataset_of(40)
+    path = tmp_path / "d"
+    path.mkdir()
+    if kind == "parquet":
+        rows.to_parquet(path / "train-0.parquet")
+        dataset_of(10).to_parquet(path / "test-0.parquet")
+    elif kind == "one_file":
+        path = path / "all.parquet"
+        rows.to_parquet(path)
+    elif kind == "save_to_disk":
+        datasets.DatasetDict(train=rows, test=dataset_of(10)).save_to_disk(str(path))
+    else:
+        rows.save_to_disk(str(tmp_path / "saved"))
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path / "train.arrow")
+        dataset_of(10).save_to_disk(str(tmp_path / "saved2"))
+        (tmp_path / "saved2" / "data-00000-of-00001.arrow").rename(path / "test.arrow")
+    data = load_data(str(path))
+    assert data.class_names == ("cat", "dog")
+    assert len(data.test) == (8 if kind == "one_file" else 10)
+    assert data.train.table.image(3).mode == "RGB" and data.train.table.image(3).getpixel((0, 0)) == (30, 30, 30)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_image_folder(tmp_path: Path, split: bool) -> None:
+    for part in ("train", "val", "test") if split else ("",):
+        for name in ("ant", "bee"):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for i in range(20):
+                picture(i).save(folder / f"{i}.png")
+    data = load_data(str(tmp_path))
+    assert data.class_names == ("ant", "bee")
+    assert (len(data.train), len(data.val), len(data.test)) == ((40, 40, 40) if split else (28, 4, 8))
+
+
+def test_string_labels_become_classes(tmp_path: Path) -> None:
+    columns = {"image": [picture(i) for i in range(12)], "label": ["b", "a", "c"] * 4}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    tables, _ = sources.load_tables(str(tmp_path))
+    assert tables["train"].class_names == ("a", "b", "c") and list(tables["train"].labels[:3]) == [1, 0, 2]
+
+
+def test_columns_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
+    dataset_of(8, label="fine_label", coarse=[0] * 8, labels=[0] * 8).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(RunError, match=r"is the label cannot be told\. Choose with --label-key: labels, fine_label"):
+        load_data(str(tmp_path))
+    assert load_data(str(tmp_path), label_key="fine_label", val_split=0.5).class_names == ("cat", "dog")
+    with pytest.raises(RunError, match=r"no label column 'x'\. Columns: image, fine_label, coarse, labels"):
+        load_data(str(tmp_path), label_key="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar11", r"Unknown dataset 'cifar11'\. Did you mean 'cifar10'\? Wanted one of digits, cifar10, cifar100"),
+        ("{tmp}/empty", "is no image folder: wanted one sub-folder with images for each class"),
+        ("{tmp}/file.txt", "is no dataset: wanted a folder of images, or a .parquet or .arrow file"),
+        ("{tmp}/bad.parquet", "could not be read as parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "bad.parquet").write_text("x")
+    with pytest.raises(RunError, match=message):
+        load_data(name.format(tmp=tmp_path))
+
+
+def test_empty_split_is_refused() -> None:
+    with pytest.raises(RunError, match="The validation split of digits is empty"):
+        load_data("digits", val_split=0.0)
+
+
+def test_wrong_class_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = {"train": dataset_of(10, image="img"), "test": dataset_of(10, image="img")}
+    monkeypatch.setattr(sources, "_load_from_hub", lambda *_: copy)
+    with pytest.raises(RunError, match="should have 10 classes, this copy has 2"):
+        load_data("cifar10")
+
+
+def test_loaders_repeat_by_seed_and_see_each_image_once() -> None:
+    data = load_data("digits", max_train_samples=64)
+
+    def labels(seed: int, training: bool = True) -> list[int]:
+        loader = make_loader(data.train, PREPROCESSING, batch_size=16, training=training, seed=seed)
+        return [int(label) for _, batch in loader for label in batch]
+
+    assert labels(0) == labels(0) and labels(0) != labels(1)
+    assert sorted(labels(0)) == sorted(labels(0, training=False)) == sorted(data.train.labels.tolist())
+    images, _ = next(iter(make_loader(data.test, PREPROCESSING, batch_size=5, training=False)))
+    assert images.shape == (5, 3, 16, 16)

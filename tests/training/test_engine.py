@@ -1,0 +1,113 @@
+"""fit and evaluate on objects small enough to check by hand."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nolora_vision.training.backbone import training_mode
+from nolora_vision.training.engine import evaluate, fit, make_accelerator, restore
+from nolora_vision.training.errors import RunError
+from nolora_vision.training.progress import Silence
+
+SCHEDULE = SimpleNamespace(step_update=lambda updates: None)
+
+
+def batches(n: int, size: int, *, classes: int = 3) -> DataLoader:
+    torch.manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(n, 4), torch.randint(0, classes, (n,))), batch_size=size)
+
+
+def train(model: nn.Module, loader: DataLoader, *, lr: float = 0.1, accumulate: int = 1, epochs: int = 1, **options):
+    accelerator = make_accelerator("none", grad_accum_steps=accumulate)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    prepared = accelerator.prepare(model, optimizer, loader)
+    return fit(
+        prepared[0],
+        prepared[1],
+        SCHEDULE,
+        prepared[2],
+        options.pop("val", batches(6, 6)),
+        accelerator=accelerator,
+        epochs=epochs,
+        progress=Silence(),
+        set_training_mode=training_mode,
+        **options,
+    )
+
+
+def test_evaluate_counts_each_sample_once() -> None:
+    model, loader = nn.Linear(4, 7), batches(23, 5, classes=7)
+    scores = evaluate(model, loader, accelerator=make_accelerator("none"))
+    x, y = loader.dataset.tensors
+    logits = model(x)
+    assert scores.top1_percent == pytest.approx(100 * (logits.argmax(1) == y).double().mean().item())
+    top5 = sum(int(y[i] in logits[i].topk(5).indices) for i in range(23))
+    assert scores.top5_percent == pytest.approx(100 * top5 / 23)
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+    assert torch.equal(scores.predictions, logits.argmax(1)) and torch.equal(scores.labels, y)
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    large = nn.Linear(4, 3)
+    small = copy.deepcopy(large)
+    train(large, batches(24, 8))
+    train(small, batches(24, 4), accumulate=2)
+    torch.testing.assert_close(small.weight, large.weight)
+
+
+def test_the_best_epoch_by_validation_is_kept_not_the_last() -> None:
+    model, loader = nn.Linear(4, 3), batches(12, 12)
+    x = loader.dataset.tensors[0]
+    at_first = TensorDataset(x, model(x).argmax(1))  # training towards other labels makes these ever less right
+    result = train(model, loader, lr=0.2, epochs=40, val=DataLoader(at_first, batch_size=12))
+    scores = [row["val_top1_percent"] for row in result.history]
+    assert result.best_epoch == scores.index(max(scores)) + 1 and max(scores) > scores[-1]
+    restore(model, result.best_state)
+    judged = evaluate(model, DataLoader(at_first, batch_size=12), accelerator=make_accelerator("none"))
+    assert judged.top1_percent == result.best_val_top1_percent == max(scores)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    model = nn.Linear(4, 3)
+    nn.init.constant_(model.weight, float("nan"))
+    with pytest.raises(RunError, match=r"The loss is nan at step 1 of epoch 1 \(learning rates: 0 0\.1\)\. Try"):
+        train(model, batches(4, 4))
+
+
+def test_gradients_are_clipped() -> None:
+    free, clipped = nn.Linear(4, 3), nn.Linear(4, 3)
+    clipped.load_state_dict(free.state_dict())
+    start = free.weight.detach().clone()
+    train(free, batches(8, 8), lr=1.0)
+    train(clipped, batches(8, 8), lr=1.0, clip_grad=1e-3)
+    moved = [torch.cat([(m.weight - start).flatten()]).norm().item() for m in (free, clipped)]
+    assert moved[0] > 1e-2 and moved[1] <= 1.001e-3
+
+
+def test_the_moving_average_is_what_is_validated_and_kept() -> None:
+    from timm.utils import ModelEmaV3
+
+    model = nn.Linear(4, 3)
+    start = model.weight.detach().clone()
+    result = train(model, batches(12, 4), ema=ModelEmaV3(model, decay=0.9))
+    last, kept = model.weight.detach().clone(), result.best_state["weight"]
+    assert not torch.equal(kept, last) and (kept - start).norm() < (last - start).norm()
+
+
+def test_frozen_norms_keep_their_statistics_in_training() -> None:
+    frozen, trained = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    frozen.requires_grad_(False)
+    model = nn.Sequential(frozen, trained)
+    training_mode(model)
+    model(torch.randn(8, 4))
+    assert not frozen.running_mean.any() and trained.running_mean.any()
+
+
+def test_half_precision_needs_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(RunError, match=r"--amp-dtype float16 needs a GPU\. Use bfloat16"):
+            make_accelerator("float16")

@@ -1,0 +1,173 @@
+"""The command from argv to files, on digits and a very small ViT."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import nolora_vision
+from nolora_vision.training import run as run_module
+from nolora_vision.training.run import main
+from nolora_vision.training.run_config import load_run_config
+
+SMALL = ["--model", "test_vit", "--dataset", "digits:5-9", "--img-size", "16", "--model-kwargs", "patch_size", "4"]
+SMALL += ["--workers", "0", "--max-train-samples", "64", "--max-eval-samples", "32", "--epochs", "2", "-b", "16"]
+SCRATCH = [*SMALL, "--no-pretrained"]
+
+
+def train(folder: Path, *args: str, base: list[str] = SCRATCH) -> dict:
+    """Run the command in a new folder and return its record."""
+    assert main([*base, "--output", str(folder), "--experiment", "run", *args]) == 0
+    return json.loads((folder / "run" / "record.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    train(folder, "--method", "full", "--dataset", "digits:0-4")
+    return folder / "run" / "adapter" / "adapter_model.safetensors"
+
+
+def test_a_run_leaves_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = train(tmp_path)
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"args.yaml", "record.json", "summary.csv", "adapter", "learning_curve.png", "confusion_matrix.png"}
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    best = max(float(row["val_top1_percent"]) for row in rows)
+    metrics = record["metrics"]
+    assert metrics["val_top1_percent"] == best and metrics["peak_memory_bytes"] > 2**20
+    assert metrics["train_images_per_s"] == pytest.approx(128 / metrics["train_seconds"])
+    assert record["model"] == "test_vit.untrained" and record["dataset"]["train_images"] == 64
+    assert record["environment"]["versions"]["timm"] and record["environment"]["device"]
+    assert load_run_config(folder / "args.yaml").lr == record["config"]["lr"] == 2e-3
+    out = capsys.readouterr().out
+    assert "epoch 2/2" in out and f"{metrics['test_top1_percent']:.2f} %" in out and "--eval-only" in out
+
+
+def test_an_adapter_scores_the_same_when_it_is_loaded(tmp_path: Path, backbone: Path, capsys) -> None:
+    record = train(tmp_path, "--pretrained-path", str(backbone), base=SMALL)
+    assert record["model"] == "test_vit.adapter_model"
+    tested = ["--eval-only", "--adapter", str(tmp_path / "run" / "adapter"), "--dataset", "digits:5-9", "-j", "0"]
+    capsys.readouterr()
+    assert main([*tested, "--max-eval-samples", "32"]) == 0
+    assert f"{record['metrics']['test_top1_percent']:.2f} %" in capsys.readouterr().out
+    assert main([*tested[:-4], "--dataset", "digits", "-j", "0"]) == 2
+    assert "The adapter knows 5 classes, digits has 10" in capsys.readouterr().err
+
+
+def test_pretrained_path_loads_all_but_the_classifier(backbone: Path) -> None:
+    from safetensors.torch import load_file
+
+    from nolora_vision.training.backbone import build_model
+
+    model = build_model("test_vit", 3, pretrained_path=backbone, img_size=16, model_kwargs={"patch_size": 4})
+    saved, own = load_file(backbone), model.state_dict()
+    same = [name for name, value in saved.items() if name in own and torch.equal(own[name], value)]
+    assert len(same) == len(saved) - 2 and own["head.weight"].shape == (3, 64)
+
+
+def test_methods_train_what_they_name(tmp_path: Path) -> None:
+    counts = {}
+    for method in ("nolora", "lora", "linear", "full"):
+        counts[method] = train(tmp_path / method, "--method", method, "--epochs", "1")["parameters"]
+    assert counts["linear"]["trainable_without_head"] == 0 and counts["linear"]["head"] == 5 * 65
+    assert counts["full"]["trainable_without_head"] + 325 == counts["full"]["total"]
+    gates = 18 * (8 * 8 + 8 + 8 + 8)  # G, c, v and β of 18 layers at rank 8
+    assert counts["nolora"]["adapter"] - counts["lora"]["adapter"] == gates
+
+
+def test_the_same_seed_repeats_and_another_does_not(tmp_path: Path) -> None:
+    def losses(name: str, seed: str) -> list[str]:
+        train(tmp_path / name, "--seed", seed)
+        lines = (tmp_path / name / "run" / "summary.csv").read_text().splitlines()
+        return [row["train_loss"] for row in csv.DictReader(lines)]
+
+    first = losses("a", "3")
+    assert losses("b", "3") == first and losses("c", "4") != first
+
+
+def test_every_switch_together(tmp_path: Path) -> None:
+    args = "--mixup 0.2 --cutmix 0.5 --smoothing 0.1 --model-ema --model-ema-decay 0.5 --grad-accum-steps 2"
+    args += " --drop-path 0.1 --grad-checkpointing --amp-dtype bfloat16 --report-to tensorboard --aa rand-m3"
+    args += " --reprob 0.2 --clip-grad 0.5 --opt sgd --sched step --warmup-epochs 0 --adapter.dropout 0.1"
+    record = train(tmp_path, *args.split())
+    assert record["config"]["cutmix"] == 0.5
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_compiled_training_saves_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_without_codegen(model: torch.nn.Module) -> torch.nn.Module:
+        compiled.append(model)
+        return original(model, backend="eager")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_without_codegen)
+    train(tmp_path, "--torchcompile", "--epochs", "1")
+    from safetensors.torch import load_file
+
+    names = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert compiled and names and not any("_orig_mod" in name for name in names)
+
+
+def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> None:
+    train(tmp_path, "--epochs", "1")
+    before = (tmp_path / "run" / "record.json").read_bytes()
+    train(tmp_path, "--epochs", "1")
+    assert (tmp_path / "run" / "record.json").read_bytes() == before and (tmp_path / "run-1" / "record.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "vit_tiny_patch15_224"], r"has no model 'vit_tiny_patch15_224'\. Nearest: vit_tiny_patch16_224"),
+        (["--model", "test_vit.nope", "--pretrained"], r"Invalid pretrained tag .*Tags: test_vit\.r160_in1k"),
+        (["--dataset", "cifar11"], "Unknown dataset 'cifar11'"),
+        (["--opt", "adamv"], r"--opt adamv: .*Did you mean 'adamw?'"),
+        (["--sched", "cosin"], "--sched cosin: Unknown scheduler 'cosin'"),
+        (["--aa", "nope"], "--aa nope: Unknown AA policy nope"),
+        (["--img-size", "17"], r"does not take images of 17×17 pixels \(Input height \(17\) should be divisible"),
+        (["--model-kwargs", "patch_sice", "4"], "test_vit does not take img_size, patch_sice|does not take patch_sice"),
+        (["--model", "resnet10t", "--model-kwargs", "--img-size", "None"], "ResNet has no layer to adapt for targets="),
+        (["--adapter.rank", "65"], "rank 65 is larger than the layer"),
+        (["--pretrained", "--pretrained-path", "no.safetensors"], r"--pretrained-path no\.safetensors is no file"),
+        (["--amp-dtype", "float16"], "needs a GPU"),
+    ],
+)
+def test_mistakes_get_one_message_and_leave_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    if "float16" in args and torch.cuda.is_available():
+        pytest.skip("float16 works on this machine's GPU")
+    output = tmp_path / "out"
+    assert main([*SCRATCH, "--output", str(output), *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and re.search(message, error) and "Traceback" not in error
+    assert not output.exists()
+
+
+def test_traceback_is_there_when_asked_for() -> None:
+    with pytest.raises(nolora_vision.InjectionError, match="rank 65"):
+        main([*SCRATCH, "--adapter.rank", "65", "--traceback"])
+
+
+def test_an_adapter_of_lost_random_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, "--epochs", "1")
+    args = ["--eval-only", "--adapter", str(tmp_path / "run" / "adapter"), "--dataset", "digits:5-9"]
+    assert main(args) == 2
+    assert "frozen backbone of random weights" in capsys.readouterr().err
+    assert main(["--eval-only", "--adapter", str(tmp_path / "nothing"), "--dataset", "digits:5-9"]) == 2
+    assert "adapter_config.json does not exist" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_run_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(run_module.outputs.figures, "pyplot", lambda: None)
+    train(tmp_path, "--epochs", "1")
+    assert "No pictures: pip install 'nolora-vision[plots]'" in capsys.readouterr().out

@@ -1,0 +1,117 @@
+"""The run's configuration: YAML, command line, and every refusal."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nolora_vision import AdapterConfig, ConfigError
+from nolora_vision.training.run_config import RunConfig, dump_run_config, load_run_config, parse_run_config
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = RunConfig(
+        model="test_vit",
+        adapter=AdapterConfig(rank=3, targets=("q", "v"), rank_pattern={"v": 2}, layers=(0, -1)),
+        model_kwargs={"patch_size": 4},
+        scale=(0.3, 0.9),
+        aa="rand-m9-mstd0.5",
+        pretrained_path=Path("x.safetensors"),
+    )
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_run_config(config), encoding="utf-8")
+    assert load_run_config(path) == config
+
+
+def test_command_line_overrides_yaml_overrides_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("epochs: 3\nlr: 0.01\nadapter: {rank: 2, nonlinearity: tanh}\n", encoding="utf-8")
+    args = ["-c", str(path), "--epochs", "4", "--adapter.rank", "5", "-b", "7", "-j", "0", "--no-pretrained"]
+    config = parse_run_config([*args, "--max_train_samples", "9"])
+    assert (config.epochs, config.lr, config.batch_size, config.workers) == (4, 0.01, 7, 0)
+    assert (config.max_train_samples, config.pretrained) == (9, False)
+    assert config.adapter == AdapterConfig(rank=5, nonlinearity="tanh")
+
+
+def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(epochs=0, smoothing=2, scale=(0.9, 0.1), eval_only=True, warmup_epochs=3, crop_pct=0)
+    text = str(caught.value)
+    for part in ("epochs must be at least 1, got 0", "smoothing must be between 0 and 1, got 2", "scale must be (smal"):
+        assert part in text
+    assert "eval_only needs the adapter to test: --adapter DIR" in text and "crop_pct must be in (0, 1], got 0" in text
+    path = tmp_path / "c.yaml"
+    path.write_text("epoch: 3\nbatch_size: many\nadapter: {rnk: 2}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(path)
+    text = str(caught.value)
+    assert "epoch is not a field. Did you mean 'epochs'?" in text and "adapter.rnk is not a field" in text
+    assert "batch_size: input should be a valid integer" in text and "got 'many'" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "must hold fields and values, got list"),
+        ("a: [", "is not YAML"),
+        ("adapter: {rank: 0}", "rank must be an integer of at least 1, got 0"),
+        ("method: lore", "method: input should be 'nolora', 'lora', 'linear' or 'full', got 'lore'"),
+        ("pretrained_path: x.pth", r"pretrained_path must be a \.safetensors file, got x\.pth"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_run_config(path)
+
+
+def test_absent_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        parse_run_config(["-c", str(tmp_path / "no.yaml")])
+
+
+@pytest.mark.parametrize("args", [["--metod", "full"], ["--epochs", "x"], ["--epochs", "-1"], ["--adapter.rank", "0"]])
+def test_bad_flags_exit_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_run_config(args)
+    assert caught.value.code == 2
+    assert args[0].lstrip("-").split(".")[0] in capsys.readouterr().err
+
+
+def test_help_speaks_of_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_run_config(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for flag in ("--model", "--amp-dtype", "--max-train-samples", "--adapter.rank", "--grad-accum-steps", "--adapter "):
+        assert flag in text
+    assert "-c FILE" in text and "Peak learning rate of the classifier" in text
+
+
+def test_learning_rate_follows_the_method() -> None:
+    rates = {method: RunConfig(method=method).resolved().lr for method in ("nolora", "lora", "full")}
+    assert rates["nolora"] == rates["lora"] and rates["full"] < rates["lora"]
+    assert replace(RunConfig(), lr=0.5).resolved().lr == 0.5
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers()))
+FIELDS = st.sampled_from([*RunConfig.__dataclass_fields__, "epoch", "x"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(FIELDS, VALUES, max_size=4))
+def test_any_yaml_is_a_config_or_a_config_error(tmp_path_factory: pytest.TempPathFactory, values: dict) -> None:
+    import yaml
+
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    try:
+        config = load_run_config(path)
+    except ConfigError as error:
+        assert error.problems
+    else:
+        path.write_text(dump_run_config(config), encoding="utf-8")
+        assert load_run_config(path) == config
