@@ -1,0 +1,88 @@
+"""AdapterConfig: every mistake is named, all of them at once."""
+
+import json
+from dataclasses import FrozenInstanceError, asdict, fields
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nolora_vision import AdapterConfig, ConfigError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"rank": True}, "rank must be an integer of at least 1, got True"),
+        ({"rank": 2.5}, r"rank must be an integer of at least 1, got 2\.5"),
+        ({"alpha": -1}, "alpha must be a positive number, or None for alpha = rank, got -1"),
+        ({"alpha": float("nan")}, "alpha must be a positive number"),
+        ({"dropout": 1.0}, r"dropout must be a probability in \[0, 1\), got 1\.0"),
+        ({"nonlinearity": "swich"}, r"nonlinearity must be one of identity, .*, got 'swich'\. Did you mean 'swish'"),
+        ({"modulation": "gates"}, r"modulation must be one of none, vector, gate, got 'gates'\. Did you mean 'gate'"),
+        ({"rank_stabilized": 1}, "rank_stabilized must be True or False, got 1"),
+        ({"share_down": "no"}, "share_down must be True or False, got 'no'"),
+        ({"targets": ()}, "targets is empty, so nothing would be adapted. Roles: q, k, v"),
+        ({"targets": 3}, "targets must be a string or a sequence of non-empty strings, got 3"),
+        ({"targets": ("qkv", "")}, "targets must be a string or a sequence of non-empty strings"),
+        ({"targets": "("}, r"targets: '\(' is neither a role nor a regular expression"),
+        ({"exclude": (3,)}, r"exclude must be a string or a sequence of non-empty strings, got \(3,\)"),
+        ({"layers": ()}, "layers is empty, so nothing would be adapted; None means all blocks"),
+        ({"layers": 3}, "layers must be None or a sequence of block numbers, got 3"),
+        ({"layers": ("a",)}, "layers must be None or a sequence of block numbers"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be one of the integers of at least 1, got 0"),
+        ({"rank_pattern": {"[": 1}}, r"rank_pattern: '\[' is neither a role nor a regular expression"),
+        ({"rank_pattern": [1]}, r"rank_pattern must map layers to numbers, got \[1\]"),
+        ({"alpha_pattern": {"q": -2}}, r"alpha_pattern\['q'\] must be one of the positive numbers, got -2"),
+        ({"alpha_pattern": {3: 1}}, "alpha_pattern needs strings as keys, got 3"),
+    ],
+)
+def test_each_mistake_is_named(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AdapterConfig(**values)
+
+
+def test_all_mistakes_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        AdapterConfig(rank=0, alpha=-1, dropout=2, nonlinearity="x", layers=())  # type: ignore[arg-type]
+    assert len(caught.value.problems) == 5 and str(caught.value).count("\n  - ") == 5
+
+
+def test_frozen_and_plain() -> None:
+    config = AdapterConfig(targets=["q", "v"], layers=[0, -1], rank_pattern={"v": 2})  # type: ignore[arg-type]
+    assert config.targets == ("q", "v") and config.layers == (0, -1)
+    with pytest.raises(FrozenInstanceError):
+        config.rank = 3  # type: ignore[misc]
+    assert AdapterConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_unknown_keys_are_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'lora_rank' is not a field.* Fields: rank, alpha"):
+        AdapterConfig.from_dict({"lora_rank": 8})
+    with pytest.raises(ConfigError, match=r"'dropuot' is not a field\. Did you mean 'dropout'"):
+        AdapterConfig.from_dict({"dropuot": 0.1})
+
+
+def test_scale() -> None:
+    config = AdapterConfig()
+    assert config.scale(8, None) == 1 and config.scale(8, 4) == 0.5
+    stable = AdapterConfig(rank_stabilized=True)
+    assert stable.scale(16, 8) == 2 and stable.scale(16, None) == 4
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 99), st.floats(), st.text(max_size=5), st.lists(st.text(max_size=3)),
+    st.lists(st.integers()), st.dictionaries(st.text(max_size=3), st.integers()), st.sampled_from(["qkv", "relu"]),
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(st.sampled_from([f.name for f in fields(AdapterConfig)]), JUNK))
+def test_any_values_are_a_config_or_a_config_error(values: dict) -> None:
+    try:
+        config = AdapterConfig(**values)
+    except ConfigError as error:
+        assert error.problems
+    else:
+        assert AdapterConfig.from_dict(asdict(config)) == config
