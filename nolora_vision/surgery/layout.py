@@ -43,15 +43,12 @@ EQUAL_BLOCKS = frozenset(
         "tnt.Attention",
         "twins.GlobalSubSampleAttn",
         "twins.LocallyGroupedAttn",
-        "vision_transformer.Attention",
         "vision_transformer_relpos.RelPosAttention",
         "vision_transformer_sam.Attention",
         "visformer.Attention",
         "volo.Attention",
         "volo.ClassAttention",
         "xcit.XCA",
-        "csatv2.Attention",
-        "mobilevit.Attention",
     }
 )
 """Attention classes (`file.Class`) whose fused output is one block each of q, k and v, all of one size."""
@@ -83,7 +80,7 @@ HEADS: Mapping[str, Callable[[Any], Sequence[tuple[str, int]]]] = {
 }
 """Attention classes whose fused output is q, k and v of head 0, then of head 1, …: the sizes for one head."""
 
-HEADS_IF_HEAD_FIRST = frozenset({"attention2d.Attention2d", "maxxvit.Attention2d", "maxxvit.AttentionCl"})
+HEADS_IF_HEAD_FIRST = frozenset({"maxxvit.Attention2d", "maxxvit.AttentionCl"})
 """Attention classes with a `head_first` switch between the two layouts."""
 
 
