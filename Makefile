@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help test lint survey clean
+.PHONY: help demo test lint survey clean
 
 help:
+	@echo "make demo    the main job on digits, without a network (about two minutes)"
 	@echo "make test    install everything into $(VENV) if needed, and run the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make survey  inject into every timm architecture (slow)"
@@ -16,6 +17,9 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+demo: $(VENV)/.installed
+	$(BIN)/python -m nolora_vision.benchmark.demo
+
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -25,7 +29,7 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright
 
 survey: $(VENV)/.installed
-	$(BIN)/python -m pytest -m survey
+	$(BIN)/python -m nolora_vision.benchmark.survey
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache dist

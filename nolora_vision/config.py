@@ -1,4 +1,4 @@
-"""AdapterConfig: what an adapter is and where it goes; a frozen dataclass, validated, all errors at once."""
+"""AdapterConfig: what an adapter is and where it goes; frozen, validated, all errors at once."""
 
 from __future__ import annotations
 

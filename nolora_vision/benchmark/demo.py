@@ -1,4 +1,4 @@
-"""`make demo`: the main job in two minutes without a network: a ViT that has seen digits 0-4 is adapted to 5-9."""
+"""`make demo`: the main job in minutes, without a network, on handwritten digits."""
 
 from __future__ import annotations
 

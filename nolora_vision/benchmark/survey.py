@@ -1,4 +1,4 @@
-"""`make survey`: inject into every timm architecture on the meta device, and count what is adapted, refused and why."""
+"""`make survey`: inject into every timm architecture, and count what is refused and why."""
 
 from __future__ import annotations
 

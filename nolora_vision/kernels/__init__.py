@@ -1,4 +1,4 @@
-"""The math of one adapter, no modules, no timm: `low_rank_delta` is the one door, which picks a backend."""
+"""The math of one adapter, no modules, no timm; `low_rank_delta` is the one door."""
 
 from __future__ import annotations
 

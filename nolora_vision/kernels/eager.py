@@ -1,4 +1,4 @@
-"""The definition: every nonlinearity and modulation in plain PyTorch; everything faster is compared with it.
+"""The definition: every nonlinearity and modulation in plain PyTorch.
 
     y = W x + b + s · B (v ⊙ f_θ(A x))
 

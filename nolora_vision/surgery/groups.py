@@ -1,4 +1,4 @@
-"""Which parameters train, and at which rate: adapters, θ and v without decay, the head with its own rate."""
+"""Which parameters train, and at which rate; θ and v without decay, the head with its own rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was adapted, as a table: site, role, shapes, rank, parameters; totals with and without the head."""
+"""What was adapted, as a table: site, role, shapes, rank, parameters; totals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curve and confusion matrix, as PNG files."""
+"""Pictures of runs, as PNG files: learning curve, confusion matrix, comparison of methods."""
 
 from __future__ import annotations
 

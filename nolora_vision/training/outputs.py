@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, record, history, adapter and pictures, and the table at the end."""
+"""What a run leaves behind: folder, record, history, adapter, pictures, the table at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines otherwise, a table at the end."""
+"""What a person sees of a run: a live bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 

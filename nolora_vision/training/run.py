@@ -1,4 +1,4 @@
-"""run(config) → record: seed → data → model → fit → evaluate → save; the story of the project."""
+"""run(config) → record: seed → data → model → fit → evaluate → save."""
 
 from __future__ import annotations
 

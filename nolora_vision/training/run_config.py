@@ -1,4 +1,4 @@
-"""RunConfig: everything that a training run is told, from YAML and the command line, validated all at once."""
+"""RunConfig: what a run is told, from YAML and the command line, validated all at once."""
 
 from __future__ import annotations
 

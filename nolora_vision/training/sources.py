@@ -1,4 +1,4 @@
-"""Where images come from: the Hub, local folders and files, scikit-learn's digits; as tables of images and labels."""
+"""Where images come from: the Hub, local folders and files, scikit-learn's digits."""
 
 from __future__ import annotations
 
