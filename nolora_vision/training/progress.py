@@ -127,19 +127,22 @@ class Silence:
 
 def print_table(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
     """A table of names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in rows:
-        table.add_row(name, value)
-    (console or Console()).print(table)
+    _print(Table(show_header=False), title, rows, console)
 
 
 def print_columns(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
 ) -> None:
     """A table with a header; numbers to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left")
+    _print(table, title, rows, console)
+
+
+def _print(table: Table, title: str, rows: Sequence[Sequence[str]], console: Console | None) -> None:
+    console = console or Console()
     for row in rows:
         table.add_row(*row)
-    (console or Console()).print(table)
+    console.print(f"[italic]{title}", soft_wrap=True, highlight=False)  # a table's own title wraps at its width
+    console.print(table)

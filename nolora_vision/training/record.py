@@ -8,7 +8,6 @@ import platform
 import resource
 import subprocess
 import sys
-import tempfile
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,13 +57,12 @@ def peak_memory() -> dict[str, Any]:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")  # not tempfile's: others may read the result
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 

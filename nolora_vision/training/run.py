@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any
     if config.eval_only:
         return run_eval_only(config)
     config = config.resolved()
-    refuse_unknown_names(config)
+    refuse_unusable(config)
     started = time.perf_counter()
     seed_everything(config.seed)
     data = load_config_data(config)
@@ -100,13 +101,15 @@ def run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any
     return {**record, "folder": str(folder), "history": result.history}
 
 
-def refuse_unknown_names(config: RunConfig) -> None:
-    """Check the names that only timm knows, before anything is loaded.
+def refuse_unusable(config: RunConfig) -> None:
+    """Check what only timm and this machine know, before anything is loaded.
 
     Raises:
-        RunError: if timm has no such optimizer, schedule or augmentation.
+        RunError: if timm has no such optimizer, schedule or augmentation, or a precision or tracker is not to be had.
     """
     precision_of(config.amp_dtype)
+    if config.report_to != "none" and find_spec(config.report_to) is None:
+        raise RunError(f"--report-to {config.report_to} needs a package: pip install {config.report_to}.")
     parameter = nn.Parameter(torch.zeros(1, 1))
     checks = {
         "opt": lambda: create_optimizer_v2([parameter], opt=config.opt, lr=config.lr),

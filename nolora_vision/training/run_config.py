@@ -133,6 +133,8 @@ class RunConfig:
             problems.append(f"pretrained_path must be a .safetensors file, got {self.pretrained_path}.")
         if self.adapter_dir is not None and not self.eval_only:
             problems.append("--adapter DIR is for --eval-only; without it a fresh adapter is trained.")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            problems.append(f"mixup and cutmix need an even batch_size, got {self.batch_size}.")
         if self.warmup_epochs > self.epochs:
             problems.append(f"warmup_epochs ({self.warmup_epochs:g}) is longer than epochs ({self.epochs}).")
         if self.scale[0] > self.scale[1]:

@@ -139,13 +139,19 @@ def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> No
         (["--adapter.rank", "65"], "rank 65 is larger than the layer"),
         (["--pretrained", "--pretrained-path", "no.safetensors"], r"--pretrained-path no\.safetensors is no file"),
         (["--amp-dtype", "float16"], "needs a GPU"),
+        (["--report-to", "wandb"], "--report-to wandb needs a package: pip install wandb"),
     ],
 )
 def test_mistakes_get_one_message_and_leave_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    message: str,
 ) -> None:
     if "float16" in args and torch.cuda.is_available():
         pytest.skip("float16 works on this machine's GPU")
+    monkeypatch.setattr(run_module, "find_spec", lambda name: None)
     output = tmp_path / "out"
     assert main([*SCRATCH, "--output", str(output), *args]) == 2
     error = capsys.readouterr().err

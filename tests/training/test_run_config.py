@@ -37,11 +37,14 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path: Path) -> None:
 
 def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        RunConfig(epochs=0, smoothing=2, scale=(0.9, 0.1), eval_only=True, warmup_epochs=3, crop_pct=0)
+        RunConfig(
+            epochs=0, smoothing=2, scale=(0.9, 0.1), eval_only=True, warmup_epochs=3, crop_pct=0, mixup=1, batch_size=3
+        )
     text = str(caught.value)
     for part in ("epochs must be at least 1, got 0", "smoothing must be between 0 and 1, got 2", "scale must be (smal"):
         assert part in text
     assert "eval_only needs the adapter to test: --adapter DIR" in text and "crop_pct must be in (0, 1], got 0" in text
+    assert "warmup_epochs (3) is longer than epochs (0)" in text and "need an even batch_size, got 3" in text
     path = tmp_path / "c.yaml"
     path.write_text("epoch: 3\nbatch_size: many\nadapter: {rnk: 2}\n", encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
