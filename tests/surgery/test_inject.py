@@ -172,18 +172,20 @@ def test_timm_life_goes_on(tmp_path) -> None:
     assert torch.equal(model.train()(x), expected)
 
 
-def test_linear_case_equals_peft() -> None:
+@pytest.mark.parametrize("modulation", ["none", "vector"])
+def test_linear_case_equals_peft(modulation: str) -> None:
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
     plain = timm.create_model("test_vit", num_classes=7)
     theirs = peft.get_peft_model(
         copy.deepcopy(plain), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv", "fc1", "fc2"])
     )
-    ours = nolora_vision.inject(plain, rank=4, alpha=8, nonlinearity="identity", modulation="none")
+    ours = nolora_vision.inject(plain, rank=4, alpha=8, nonlinearity="identity", modulation=modulation)
     pairs = []
     for path, layer in adapted_layers(ours).items():
         twin = theirs.get_submodule(f"base_model.model.{path}")
         nn.init.normal_(layer.adapter.lora_B, std=0.1)
+        if modulation == "vector":
+            layer.adapter.v.requires_grad_(False)  # 1, and stays
         for own, other in (("lora_A", twin.lora_A.default), ("lora_B", twin.lora_B.default)):
             other.weight.data.copy_(layer.adapter.get_parameter(own))
             pairs.append((layer.adapter.get_parameter(own), other.weight))
