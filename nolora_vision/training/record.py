@@ -38,8 +38,9 @@ def device_name() -> str:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the working directory and whether files differ from it; None outside a checkout."""
+    """Commit of this package's checkout and whether files differ from it; None where it is installed without one."""
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
@@ -79,5 +80,6 @@ def _version(name: str) -> str | None:
 
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=10)
+    here = Path(__file__).parent
+    done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()
