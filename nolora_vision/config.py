@@ -97,7 +97,12 @@ class AdapterConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def _is_rank(value: object) -> bool:
@@ -167,7 +172,7 @@ def _check_patterns(config: AdapterConfig) -> Iterable[str]:
 def _check_pattern(name: str, pattern: str) -> Iterable[str]:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         yield f"{name}: {pattern!r} is neither a role nor a regular expression ({error})."
 
 

@@ -1,6 +1,7 @@
 """AdapterConfig: every mistake is named, all of them at once."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
@@ -36,6 +37,18 @@ from nolora_vision import AdapterConfig, ConfigError
         ({"rank_pattern": [1]}, r"rank_pattern must map layers to numbers, got \[1\]"),
         ({"alpha_pattern": {"q": -2}}, r"alpha_pattern\['q'\] must be one of the positive numbers, got -2"),
         ({"alpha_pattern": {3: 1}}, "alpha_pattern needs strings as keys, got 3"),
+        ({"alpha_pattern": "q"}, "alpha_pattern must map layers to numbers, got 'q'"),
+        ({"alpha_pattern": {"q": True}}, r"alpha_pattern\['q'\] must be one of the positive numbers, got True"),
+        ({"rank_pattern": {"q": 2.0}}, r"rank_pattern\['q'\] must be one of the integers of at least 1, got 2\.0"),
+        ({"alpha": 10**400}, "alpha must be a positive number"),  # no float holds it
+        ({"alpha_pattern": {"q": 10**400}}, r"alpha_pattern\['q'\] must be one of the positive numbers"),
+        ({"targets": "a{99999999999999}"}, "targets: .* is neither a role nor a regular expression"),
+        ({"dropout": float("inf")}, r"dropout must be a probability in \[0, 1\), got inf"),
+        ({"dropout": -0.1}, r"dropout must be a probability in \[0, 1\), got -0\.1"),
+        ({"nonlinearity": ["relu"]}, r"nonlinearity must be one of identity, .*, got \['relu'\]"),
+        ({"modulation": None}, "modulation must be one of none, vector, gate, got None"),
+        ({"layers": (True,)}, r"layers must be None or a sequence of block numbers, got \(True,\)"),
+        ({"exclude": ")"}, r"exclude: '\)' is neither a role nor a regular expression"),
     ],
 )
 def test_each_mistake_is_named(values: dict, message: str) -> None:
@@ -57,6 +70,31 @@ def test_frozen_and_plain() -> None:
     assert AdapterConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
 
 
+def test_every_field_survives_json() -> None:
+    config = AdapterConfig(
+        rank=3,
+        alpha=1.5,
+        rank_stabilized=True,
+        nonlinearity="rational",
+        modulation="vector",
+        dropout=0.25,
+        targets=("q", "mlp.fc1"),
+        exclude=r"blocks\.0\..*",
+        layers=(-1, 2),
+        rank_pattern={"fc1": 2},
+        alpha_pattern={"q": 0.5},
+        share_down=True,
+    )
+    default = asdict(AdapterConfig())
+    assert not [name for name, value in asdict(config).items() if value == default[name]]
+    assert AdapterConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("selection", [["q", "v"], {"q": 0, "v": 0}.keys(), (part for part in "qv")])
+def test_any_sequence_becomes_a_tuple(selection: Iterable[str]) -> None:
+    assert AdapterConfig(targets=selection).targets == ("q", "v")  # type: ignore[arg-type]
+
+
 def test_unknown_keys_are_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'lora_rank' is not a field.* Fields: rank, alpha"):
         AdapterConfig.from_dict({"lora_rank": 8})
@@ -71,12 +109,15 @@ def test_scale() -> None:
     assert stable.scale(16, 8) == 2 and stable.scale(16, None) == 4
 
 
-JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 99), st.floats(), st.text(max_size=5), st.lists(st.text(max_size=3)),
-    st.lists(st.integers()), st.dictionaries(st.text(max_size=3), st.integers()), st.sampled_from(["qkv", "relu"]),
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 99), st.integers(-(10**400), 10**400), st.floats(), st.text(max_size=5),
+    st.binary(max_size=3), st.sampled_from(["qkv", "relu", "a{9999999999}", "[[a", "(?i)q", "q", "vector"]),
 )  # fmt: skip
+KEYS = st.one_of(st.text(max_size=3), st.integers(), st.sampled_from(["q", "fc1", "(", "(?i)q"]))
+JUNK = st.one_of(SCALARS, st.lists(SCALARS, max_size=4), st.lists(st.integers()), st.dictionaries(KEYS, SCALARS))
 
 
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")  # re's, for patterns like [[a
 @settings(max_examples=500, deadline=None)
 @given(st.dictionaries(st.sampled_from([f.name for f in fields(AdapterConfig)]), JUNK))
 def test_any_values_are_a_config_or_a_config_error(values: dict) -> None:

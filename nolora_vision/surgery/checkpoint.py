@@ -14,8 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nolora_vision.config import AdapterConfig
+from nolora_vision.config import AdapterConfig, ConfigError
+from nolora_vision.surgery.groups import parameter_kind
 from nolora_vision.surgery.inject import batches_tracked, eject, inject, injection_of, is_injected
+from nolora_vision.surgery.plan import InjectionError
+from nolora_vision.surgery.sites import classifier_paths
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -79,7 +82,10 @@ def load_adapter(model: Model, directory: str | Path) -> Model:
     _refuse_other_model(model, config)
     bare, adapter = not is_injected(model), config["adapter"]
     if bare and adapter is not None:
-        inject(model, AdapterConfig.from_dict(adapter))
+        try:
+            inject(model, AdapterConfig.from_dict(adapter))
+        except (ConfigError, InjectionError) as error:
+            raise CheckpointError(f"{directory} does not fit this model: {error}") from error
     try:
         _refuse_other_tensors(model, config, state, directory)
     except CheckpointError:
@@ -98,7 +104,7 @@ def _refuse_other_tensors(
 ) -> None:
     own = model.state_dict(keep_vars=True)
     wanted = trained_state(model) if is_injected(model) else {}
-    missing = sorted(name for name in wanted if name not in state and own[name].requires_grad)
+    missing = sorted(name for name in wanted if name not in state and isinstance(wanted[name], nn.Parameter))
     unknown = sorted(name for name in state if name not in own)
     shapes = [
         f"{name}: {tuple(t.shape)}, the model has {tuple(own[name].shape)}"
@@ -125,6 +131,8 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         version = config["format_version"]
+        if not isinstance(config["adapter"], (dict, type(None))):
+            raise TypeError("'adapter' is neither null nor an object")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not an adapter config ({type(error).__name__}: {error}).") from error
     if version != FORMAT_VERSION:
@@ -135,8 +143,11 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: every trainable parameter, and the statistics of the BatchNorms that have run."""
-    state: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Adapters, head and whatever else trains, frozen parts of them too; and the statistics of BatchNorms that ran."""
+    heads = classifier_paths(model)
+    state: dict[str, Tensor] = {
+        name: p for name, p in model.named_parameters() if p.requires_grad or parameter_kind(name, heads) != "backbone"
+    }
     before = injection_of(model).batches_tracked if is_injected(model) else {}
     for path, count in batches_tracked(model).items():
         if count != before.get(path, 0):
@@ -201,8 +212,16 @@ def _swap_in(scratch: Path, target: Path) -> None:
     """Put the finished directory in place; a crash between the two renames leaves the old one beside it."""
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        os.replace(target, old)
-        os.replace(scratch, target)
+        try:
+            os.replace(target, old)
+        except OSError:
+            old.rmdir()
+            raise
+        try:
+            os.replace(scratch, target)
+        except BaseException:
+            os.replace(old, target)
+            raise
         shutil.rmtree(old)
     else:
         os.replace(scratch, target)

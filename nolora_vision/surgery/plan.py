@@ -60,7 +60,7 @@ def plan_adapters(model: nn.Module, config: AdapterConfig) -> list[PlannedAdapte
             continue
         parts = _chosen_parts(site, config)
         if parts is not None:
-            plan.append(PlannedAdapter(site, _own_config(site, config), parts or None))
+            plan.append(PlannedAdapter(site, _own_config(site, config, parts), parts or None))
     if not plan:
         raise InjectionError(_nothing_matches(model, sites, config))
     _refuse_unsupported_layers(model, plan)
@@ -120,23 +120,30 @@ def _rows_of(site: Site, wanted: Iterable[str], *, together: bool) -> dict[str, 
     return {"qkv": merged, **{part: rows for part, rows in parts.items() if part not in letters}}
 
 
-def _own_config(site: Site, config: AdapterConfig) -> AdapterConfig:
-    rank = _by_pattern(config.rank_pattern, site)
-    alpha = _by_pattern(config.alpha_pattern, site)
+def _own_config(site: Site, config: AdapterConfig, parts: Iterable[str]) -> AdapterConfig:
+    rank = _by_pattern(config.rank_pattern, site, parts)
+    alpha = _by_pattern(config.alpha_pattern, site, parts)
     changes = {} if rank is None else {"rank": int(rank)}
     changes |= {} if alpha is None else {"alpha": alpha}
     return replace(config, **changes) if changes else config
 
 
-def _by_pattern(pattern: Mapping[str, float], site: Site) -> float | None:
+def _by_pattern(pattern: Mapping[str, float], site: Site, parts: Iterable[str]) -> float | None:
     """The value of the first key that is a role of the layer, or a suffix or pattern for its path (as in PEFT)."""
+    atoms = frozenset().union(*(ATOMS[part] for part in parts)) or ATOMS[site.role]
     for key, value in pattern.items():
         if key in ROLES:
-            if ATOMS[site.role] & ATOMS[key]:
+            if atoms & ATOMS[key]:
                 return value
-        elif re.fullmatch(rf"(.*\.)?({key})", site.path):
+        elif _fits(key, site.path):
             return value
     return None
+
+
+def _fits(pattern: str, path: str) -> bool:
+    """Whether a pattern matches the path, or its end after a dot."""
+    starts = [0, *(i + 1 for i, c in enumerate(path) if c == ".")]
+    return any(re.fullmatch(pattern, path[start:]) for start in starts)
 
 
 def _chosen_blocks(sites: Sequence[Site], config: AdapterConfig) -> set[str] | None:
@@ -200,6 +207,9 @@ def _refuse_unsupported_layers(model: nn.Module, plan: Sequence[PlannedAdapter])
                 f"torch.nn.Conv2d with a floating-point weight can carry an adapter, not quantised or custom ones. "
                 f"Load the model unquantised, or leave the layer out with exclude={planned.site.path!r}."
             )
+        owner = model.get_submodule(planned.site.path.rpartition(".")[0])
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            raise InjectionError(f"{planned.site.path} is read by torch's fused kernel in evaluation, never called.")
         if hasattr(layer, "parametrizations"):
             raise InjectionError(f"{planned.site.path} has a parametrization; remove it before injecting.")
 

@@ -1,7 +1,12 @@
 """NoLoRALinear and NoLoRAConv2d on their own."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +18,15 @@ from nolora_vision.surgery.adapter import make_adapter
 def randomise(layer: nn.Module) -> None:
     for parameter in layer.adapter.parameters():
         nn.init.normal_(parameter, std=0.3)
+
+
+ROWS = {"q": ((0, 2), (6, 8)), "v": ((4, 6), (10, 13))}
+"""Two heads, interleaved, and a last feature that no part reaches."""
+
+
+def split(share_down: bool) -> nn.Module:
+    config = AdapterConfig(rank=3, alpha=6, nonlinearity="tanh", modulation="vector", share_down=share_down)
+    return make_adapter(10, 14, config, parts=ROWS)
 
 
 def plain(layer: NoLoRALinear | NoLoRAConv2d) -> nn.Module:
@@ -54,6 +68,20 @@ def test_equals_the_formula(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize("share_down", [False, True])
+def test_parts_equal_the_formula_on_their_rows(share_down: bool) -> None:
+    layer = NoLoRALinear.adopt(nn.Linear(10, 14, dtype=torch.float64), split(share_down).double())
+    randomise(layer)
+    x = torch.randn(4, 5, 10, dtype=torch.float64)
+    expected = x @ layer.weight.T + layer.bias
+    features = [[i for start, stop in rows for i in range(start, stop)] for rows in ROWS.values()]
+    if share_down:
+        features = [sorted(features[0] + features[1])]
+    for branch, own in zip(layer.adapter.branches(), features, strict=True):
+        expected[..., own] += 2 * (torch.tanh(x @ branch.lora_A.T) * branch.v) @ branch.lora_B.T
+    torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_is_the_linear_layer_at_every_pixel(stride: int, memory_format: torch.memory_format) -> None:
@@ -69,6 +97,25 @@ def test_convolution_is_the_linear_layer_at_every_pixel(stride: int, memory_form
     torch.testing.assert_close(conv(x[0]), y[0], atol=1e-5, rtol=1e-5)
 
 
+AWKWARD = {
+    "no image": torch.empty(0, 10, 5, 7),
+    "one pixel": torch.ones(2, 10, 1, 1),
+    "one pixel, channels last": torch.ones(2, 10, 1, 1).to(memory_format=torch.channels_last),
+    "one image, channels last": torch.ones(1, 10, 4, 4).to(memory_format=torch.channels_last),
+    "transposed": torch.ones(2, 10, 4, 6).transpose(2, 3),
+    "cropped": torch.ones(2, 10, 5, 6)[..., 1:, 2:4],
+}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("x", AWKWARD.values(), ids=AWKWARD.keys())
+def test_convolution_lies_in_memory_as_the_frozen_one(x: Tensor, stride: int) -> None:
+    conv = NoLoRAConv2d(10, 14, stride, config=AdapterConfig(rank=3))
+    randomise(conv)
+    y, base = conv(x), plain(conv)(x)
+    assert y.shape == base.shape and y.stride() == base.stride()
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_gradients_reach_the_adapter_only(kind: str) -> None:
     layer = NoLoRALinear(10, 14) if kind == "linear" else NoLoRAConv2d(10, 14)
@@ -80,8 +127,19 @@ def test_gradients_reach_the_adapter_only(kind: str) -> None:
     assert all(p.grad.abs().sum() > 0 for p in layer.adapter.parameters())
 
 
-def test_in_place_addition_on_the_output_keeps_the_gradients() -> None:
-    layer, x, bias = NoLoRALinear(10, 14), torch.randn(3, 10), torch.randn(14, requires_grad=True)
+IN_PLACE = {
+    "linear": (lambda: NoLoRALinear(10, 14), (3, 10), (14,)),
+    "conv": (lambda: NoLoRAConv2d(10, 14), (3, 10, 4, 4), (14, 1, 1)),
+    "strided conv": (lambda: NoLoRAConv2d(10, 14, 2), (3, 10, 4, 4), (14, 1, 1)),
+    "parts": (lambda: NoLoRALinear.adopt(nn.Linear(10, 14).requires_grad_(False), split(False)), (3, 10), (14,)),
+}
+
+
+@pytest.mark.parametrize(("build", "shape", "per_feature"), IN_PLACE.values(), ids=IN_PLACE.keys())
+def test_in_place_addition_on_the_output_keeps_the_gradients(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], per_feature: tuple[int, ...]
+) -> None:
+    layer, x, bias = build(), torch.randn(shape), torch.randn(per_feature, requires_grad=True)
     randomise(layer)
 
     def gradients(in_place: bool) -> list[Tensor]:
@@ -149,9 +207,53 @@ def test_dropout_acts_on_x_in_training_only() -> None:
         torch.testing.assert_close(y, layer(x))
 
 
+@pytest.mark.parametrize("nonlinearity", [name for name in NONLINEARITIES if name != "aurora"])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), size=st.floats(0.01, 100))
+def test_zero_goes_to_the_bias_whatever_was_learnt(nonlinearity: str, seed: int, size: float) -> None:
+    config = AdapterConfig(rank=3, nonlinearity=nonlinearity)  # type: ignore[arg-type]
+    layer = NoLoRALinear(10, 14, config=config)
+    torch.manual_seed(seed)
+    for parameter in layer.adapter.parameters():
+        nn.init.normal_(parameter, std=size)
+    assert torch.equal(layer(torch.zeros(2, 10)), layer.bias.expand(2, 14))
+
+
+def test_the_frozen_output_is_not_modified() -> None:
+    layer, kept = NoLoRALinear(10, 14), []
+    randomise(layer)
+    layer.adapter.register_forward_pre_hook(lambda _m, args: kept.append((args[1], args[1].clone())))
+    y = layer(torch.randn(3, 10))
+    ((base, before),) = kept
+    y.data.zero_()
+    assert torch.equal(base, before)
+
+
+def test_a_frozen_vector_of_ones_is_no_modulation() -> None:
+    config = AdapterConfig(rank=3, nonlinearity="tanh", modulation="vector")
+    layer = NoLoRALinear(10, 14, config=config)
+    other = NoLoRALinear(10, 14, config=replace(config, modulation="none"))
+    nn.init.normal_(layer.adapter.lora_B)
+    layer.adapter.v.requires_grad_(False)
+    other.load_state_dict({k: t for k, t in layer.state_dict().items() if k != "adapter.v"})
+    x = torch.randn(4, 10)
+    for adapted in (layer, other):
+        adapted(x).square().sum().backward()
+    assert layer.adapter.v.grad is None
+    for name, parameter in other.adapter.named_parameters():
+        assert torch.equal(parameter.grad, layer.adapter.get_parameter(name).grad)
+
+
+def test_a_disabled_layer_is_the_frozen_one() -> None:
+    for layer, x in ((NoLoRALinear(10, 14), torch.randn(2, 10)), (NoLoRAConv2d(10, 14), torch.randn(2, 10, 3, 3))):
+        randomise(layer)
+        layer.adapter_enabled = False
+        assert torch.equal(layer(x), plain(layer)(x))
+
+
 def test_scale_by_alpha_and_by_root_of_rank() -> None:
-    for settings, scale in (({"alpha": 2}, 0.5), ({"alpha": 2, "rank_stabilized": True}, 1.0), ({}, 1.0)):
-        assert make_adapter(8, 8, AdapterConfig(rank=4, **settings)).scale == scale  # type: ignore[union-attr]
+    for values, scale in (({"alpha": 2}, 0.5), ({"alpha": 2, "rank_stabilized": True}, 1.0), ({}, 1.0)):
+        assert make_adapter(8, 8, AdapterConfig(rank=4, **values)).scale == scale  # type: ignore[union-attr]
 
 
 def test_adopt_takes_exact_classes_only_and_release_gives_the_same_object() -> None:
@@ -161,6 +263,10 @@ def test_adopt_takes_exact_classes_only_and_release_gives_the_same_object() -> N
     adapter = make_adapter(4, 6, AdapterConfig(rank=2))
     with pytest.raises(TypeError, match="NoLoRALinear adapts Linear only, got Special"):
         NoLoRALinear.adopt(Special(4, 6), adapter)
+    conv = make_adapter(4, 6, AdapterConfig(rank=2))
+    for other in (nn.Linear(4, 6), nn.LazyConv2d(6, 1)):
+        with pytest.raises(TypeError, match=f"NoLoRAConv2d adapts Conv2d only, got {type(other).__name__}"):
+            NoLoRAConv2d.adopt(other, conv)
     layer = nn.Linear(4, 6)
     keys = list(layer.state_dict())
     adapted = NoLoRALinear.adopt(layer, adapter)

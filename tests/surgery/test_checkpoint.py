@@ -22,10 +22,14 @@ def base() -> nn.Module:
     return timm.create_model("test_vit", num_classes=7).eval()
 
 
-def trained() -> nn.Module:
-    model = nolora_vision.inject(base(), rank=3)
+def randomise(model: nn.Module) -> None:
     for parameter in (p for p in model.parameters() if p.requires_grad):
         nn.init.normal_(parameter, std=0.1)
+
+
+def trained() -> nn.Module:
+    model = nolora_vision.inject(base(), rank=3)
+    randomise(model)
     return model
 
 
@@ -59,13 +63,50 @@ def test_statistics_that_moved_travel_along(tmp_path: Path) -> None:
     assert any("running_mean" in name for name in load_file(tmp_path / "a" / "adapter_model.safetensors"))
 
 
+def swin() -> nn.Module:
+    """Small, and with the bypass that the cure is for."""
+    torch.manual_seed(5)
+    options = {"img_size": 64, "window_size": 4, "depths": (1, 1), "embed_dim": 32, "num_heads": (1, 2)}
+    return timm.create_model("swinv2_tiny_window8_256", num_classes=7, **options).eval()
+
+
+def test_round_trip_where_the_cure_is_needed(tmp_path: Path) -> None:
+    model = nolora_vision.inject(swin(), targets=("q", "v", "proj"), rank_pattern={"proj": 3}, layers=[-1], rank=2)
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    x = torch.randn(1, 3, 64, 64)
+    other = load_adapter(swin(), tmp_path / "a")
+    assert torch.equal(other(x), model(x)) and not torch.equal(other(x), swin()(x))
+    assert list(adapted_layers(other)) == list(adapted_layers(model))
+
+
+def test_a_folded_model_keeps_its_function(tmp_path: Path) -> None:
+    model = nolora_vision.inject(base(), rank=3, alpha=5, modulation="vector", rank_pattern={"fc1": 2})
+    randomise(model)
+    save_adapter(nolora_vision.fold(model), tmp_path / "a")
+    x = torch.randn(1, 3, 160, 160)
+    assert torch.equal(load_adapter(base(), tmp_path / "a")(x), model(x))
+
+
+@pytest.mark.parametrize("frozen", ["v", ""])
+def test_frozen_adapters_are_saved_all_the_same(tmp_path: Path, frozen: str) -> None:
+    """v frozen is the ablation that method.md asks for; all of it frozen is a model made ready for inference."""
+    model = nolora_vision.inject(base(), rank=3, modulation="vector")
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith(frozen):
+            parameter.requires_grad_(False)
+    save_adapter(model, tmp_path / "a")
+    x = torch.randn(1, 3, 160, 160)
+    assert torch.equal(load_adapter(base(), tmp_path / "a")(x), model(x))
+
+
 @pytest.mark.parametrize("method", ["linear", "full"])
 def test_without_adapters_what_trains_is_kept(tmp_path: Path, method: str) -> None:
     model = base()
     if method == "linear":
         nolora_vision.freeze_backbone(model)
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        nn.init.normal_(parameter, std=0.1)
+    randomise(model)
     save_adapter(model, tmp_path / "a")
     x = torch.randn(1, 3, 160, 160)
     assert torch.equal(load_adapter(base(), tmp_path / "a")(x), model(x))
@@ -90,6 +131,38 @@ def test_a_failed_save_leaves_the_old_one_whole(saved: Path, step: str, monkeypa
         save_adapter(trained(), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_rename_that_fails_leaves_the_old_one_whole(saved: Path, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second rename brings the new directory in, when the old one is already out of the way."""
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    replace, calls = os.replace, []
+
+    def fail_once(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == call:
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(trained(), saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_facts_that_json_cannot_hold_leave_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_adapter(trained(), tmp_path / "a", metadata={"names": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_stays(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(OSError, match=r"directory|exists"):
+        save_adapter(trained(), tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "mine"
 
 
 def edit_config(change: Callable[[dict], None]) -> Callable[[Path], None]:
@@ -117,13 +190,23 @@ def shorten(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def drop_directory(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "nothing": (drop_directory, r"adapter_config\.json does not exist\. Wanted a directory written by"),
     "no config": (
         lambda f: (f / "adapter_config.json").unlink(),
         r"adapter_config\.json does not exist\. Wanted",
     ),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors does not exist"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is not an adapter config"),
+    "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "is not an adapter config"),
+    "no adapter": (edit_config(lambda c: c.pop("adapter")), "is not an adapter config"),
+    "adapter is text": (edit_config(lambda c: c.update(adapter="x")), "is not an adapter config"),
     "newer": (edit_config(lambda c: c.update(format_version=99)), r"format version 99, this .* reads 1\. Upgrade"),
     "short": (shorten, "is not a whole safetensors file"),
     "architecture": (edit_config(lambda c: c.update(architecture="vit_x")), "vit_x"),
@@ -131,6 +214,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_config(lambda c: c.update(num_classes=9)),
         r"for num_classes 9, this model has 7\. Build",
     ),
+    "rank": (edit_config(lambda c: c["adapter"].update(rank=2)), r"of another shape: |they differ in rank\)"),
+    "bad rank": (edit_config(lambda c: c["adapter"].update(rank=0)), "rank must be an integer|they differ in rank"),
+    "no such block": (edit_config(lambda c: c["adapter"].update(layers=[99])), "no block 99|they differ in layers"),
+    "unknown field": (edit_config(lambda c: c["adapter"].update(ranks=3)), "'ranks' is not a field|differ in ranks"),
+    "missing A": (
+        edit_weights(lambda s: s.pop("blocks.0.mlp.fc1.adapter.lora_A")),
+        r"1 missing: blocks\.0\.mlp\.fc1\.adapter\.lora_A\n",
+    ),
+    "no tensors": (edit_weights(dict.clear), r"110 missing: .* …\n  - 0 tensors in .*, 110 according to"),
     "missing": (edit_weights(lambda s: s.pop("head.bias")), r"1 missing: head\.bias"),
     "unknown": (edit_weights(lambda s: s.update(x=torch.zeros(1))), "1 not in the model: x"),
     "shape": (
@@ -145,9 +237,35 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_does_not_fit_is_refused(saved: Path, damage: Callable, message: str, injected: bool) -> None:
     damage(saved)
     model = nolora_vision.inject(base(), rank=3) if injected else base()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    check_refusal(model, saved, message)
+
+
+def check_refusal(model: nn.Module, directory: Path, message: str) -> None:
+    def fingerprint() -> list:
+        flags = [
+            (path, id(m), type(m), m.training, vars(m).get("qkv_bias_separate")) for path, m in model.named_modules()
+        ]
+        return [flags, [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]]
+
+    before, values = fingerprint(), {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
-        load_adapter(model, saved)
+        load_adapter(model, directory)
+    assert fingerprint() == before
     after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
-    assert bool(adapted_layers(model)) == injected
+    assert list(after) == list(values) and all(torch.equal(after[key], values[key]) for key in values)
+
+
+def test_other_models_are_refused(saved: Path) -> None:
+    torch.manual_seed(5)
+    advice = r"Build the model with timm\.create_model\('test_vit', num_classes=7\)"
+    check_refusal(timm.create_model("test_vit2", num_classes=7), saved, rf"architecture 'test_vit', .*{advice}")
+    check_refusal(timm.create_model("test_vit", num_classes=9), saved, rf"num_classes 7, this model has 9\. {advice}")
+    check_refusal(nolora_vision.inject(base(), rank=4), saved, r"differ in rank\)\. Load onto a bare model, or inject")
+
+
+def test_a_cured_model_is_as_before_after_a_refusal(tmp_path: Path) -> None:
+    save_adapter(nolora_vision.inject(swin()), tmp_path / "a")
+    edit_weights(lambda s: s.pop("head.fc.bias"))(tmp_path / "a")
+    model = swin()
+    model.layers[0].requires_grad_(False)
+    check_refusal(model, tmp_path / "a", r"1 missing: head\.fc\.bias")

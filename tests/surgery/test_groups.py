@@ -8,9 +8,17 @@ from torch import nn
 import nolora_vision
 from nolora_vision import adapter_parameters, head_parameters, param_groups
 
+THETA = {
+    "identity": set(),
+    "swish": {"beta"},
+    "residual_tanh": {"mix", "slope"},
+    "rational": {"linear", "square", "pole"},
+    "aurora": {"mixer", "spline"},
+}
 
-@pytest.mark.parametrize("nonlinearity", ["swish", "rational", "aurora"])
-def test_groups_hold_everything_that_trains_once(nonlinearity: str) -> None:
+
+@pytest.mark.parametrize(("nonlinearity", "theta"), THETA.items())
+def test_groups_hold_everything_that_trains_once(nonlinearity: str, theta: set[str]) -> None:
     model = nolora_vision.inject(timm.create_model("test_vit", num_classes=7), nonlinearity=nonlinearity)
     groups = {g["name"]: g for g in param_groups(model, lr=1.0, head_lr=3.0, weight_decay=0.1)}
     assert set(groups) == {"adapter", "adapter_no_decay", "head", "head_no_decay"}
@@ -25,7 +33,8 @@ def test_groups_hold_everything_that_trains_once(nonlinearity: str) -> None:
     assert sorted(listed) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     names = {id(p): n.rpartition(".")[2] for n, p in model.named_parameters()}
     assert {names[id(p)] for p in groups["adapter"]["params"]} == {"lora_A", "lora_B", "gate_weight"}
-    assert {"v", "gate_bias"} <= {names[id(p)] for p in groups["adapter_no_decay"]["params"]}
+    assert {names[id(p)] for p in groups["adapter_no_decay"]["params"]} == {"v", "gate_bias", *theta}
+    assert {names[id(p)] for p in groups["head"]["params"]} == {"weight"}
 
 
 def test_groups_of_a_full_model_and_of_a_head_only() -> None:
@@ -53,11 +62,38 @@ def test_optimizers_take_the_groups() -> None:
         assert rates["adapter"] == (1e-3, 0.0) and rates["head"] == (2e-3, 0.0)
 
 
+def test_a_step_moves_what_is_in_the_groups_and_nothing_else() -> None:
+    model = nolora_vision.inject(timm.create_model("test_vit", num_classes=7), modulation="vector")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(param_groups(model, lr=0.5, head_lr=0.0, weight_decay=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that decay alone moves anything
+    optimizer.step()
+    moved = {name.rpartition(".")[2] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"lora_A"}  # lora_B is still 0
+    decayed = model.get_parameter("blocks.0.attn.qkv.adapter.lora_A")
+    torch.testing.assert_close(decayed, before["blocks.0.attn.qkv.adapter.lora_A"] * (1 - 0.5 * 0.1))
+
+
+def test_what_no_one_decays_in_the_backbone() -> None:
+    model = timm.create_model("swinv2_tiny_window8_256", num_classes=7, embed_dim=32, depths=(1,), num_heads=(1,))
+    groups = {g["name"]: {id(p) for p in g["params"]} for g in param_groups(model, lr=1.0, weight_decay=0.1)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[i] for i in groups["backbone"]}
+    assert "layers.0.blocks.0.attn.qkv.weight" in decayed and "patch_embed.proj.weight" in decayed
+    assert not [name for name in decayed if "cpb_mlp" in name or "logit_scale" in name]  # model.no_weight_decay()
+    spared = {names[i] for i in groups["backbone_no_decay"]}
+    assert {"layers.0.blocks.0.norm1.weight", "layers.0.blocks.0.mlp.fc1.bias"} <= spared
+
+
 def test_every_head_counts() -> None:
     with torch.device("meta"):
         model = nolora_vision.inject(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7))
     assert sum(p.numel() for p in head_parameters(model)) == 2 * (192 * 7 + 7)
     own = {id(p) for p in adapter_parameters(model)}
     assert own == {id(p) for n, p in model.named_parameters() if ".adapter." in n}
+    groups = {g["name"]: [id(p) for p in g["params"]] for g in param_groups(model, lr=1.0)}
+    assert groups["head"] == [id(model.head.weight), id(model.head_dist.weight)]
+    assert groups["head_no_decay"] == [id(model.head.bias), id(model.head_dist.bias)]
     assert not own & {id(p) for p in head_parameters(model)}
     assert list(head_parameters(nn.Sequential(nn.Linear(2, 2)))) == []

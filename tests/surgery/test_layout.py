@@ -1,8 +1,9 @@
 """The row tables of layout.py against what timm's forwards really do with a fused layer's output.
 
-Noise is added to the output features that the table calls q (k, v), and a watcher on torch's products compares their
-operands with and without it: q must be the left operand of the attention product and k the right one, and v must meet
-the softmax. The tables are not used to find that out, so rows that are wrong by one feature reach a wrong operand.
+Noise is added to the output features that the table calls q (k, v), then to the first and the last of them alone, and a
+watcher on torch's products compares their operands with and without it: q must be the left operand of the attention
+product and k the right one, and v must meet the softmax. The tables are not used to find that out, so rows that are
+wrong by one feature reach a wrong operand.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import maxxvit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from nolora_vision.surgery import layout
-from nolora_vision.surgery.sites import Site, find_sites
+from nolora_vision.surgery.sites import Site, find_sites, layer_shape
 
 SMALL = {"depth": 1, "img_size": 64}
 CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -115,14 +117,19 @@ class Reached(Exception):
     pass
 
 
-def attention_and_site(model: nn.Module, name: str) -> tuple[nn.Module, Site]:
+def attentions_and_sites(model: nn.Module, name: str) -> list[tuple[nn.Module, Site]]:
+    """One attention of this class for each setting of its switches (use_global, head_first, …) in the model."""
+    found: dict[object, tuple[nn.Module, Site]] = {}
     for site in find_sites(model):
         parts = site.path.split(".")
         for k in range(len(parts) - 1, 0, -1):
             module = model.get_submodule(".".join(parts[:k]))
             if f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}" == name and site.parts:
-                return module, site
-    raise AssertionError(f"no fused layer of {name}")
+                switches = tuple((key, value) for key, value in vars(module).items() if isinstance(value, bool))
+                found.setdefault(switches, (module, site))
+                break
+    assert found, f"no fused layer of {name}"
+    return list(found.values())
 
 
 def inputs_of(model: nn.Module, module: nn.Module) -> tuple[tuple, dict]:
@@ -142,7 +149,8 @@ def inputs_of(model: nn.Module, module: nn.Module) -> tuple[tuple, dict]:
 
 
 def operands(module: nn.Module, layer: nn.Module, call: tuple, rows, products: set[Callable], last: int) -> list:
-    """The operands of the products while noise is on these output features; `last` is the second one's index."""
+    """The operands while noise is on these output features: those of every fused attention (differential attention
+    has two), or else of the first product and of the one with the index `last`."""
 
     def noise(_layer: nn.Module, _args: object, output: Tensor) -> Tensor:
         output = output.clone()
@@ -155,8 +163,29 @@ def operands(module: nn.Module, layer: nn.Module, call: tuple, rows, products: s
     with Watch(products) as watch:
         module(*call[0], **call[1])
     handle.remove()
-    fused = [tensors for func, tensors in watch.seen if func is F.scaled_dot_product_attention]
-    return fused[0][:3] if fused else watch.seen[0][1][:2] + watch.seen[last][1][:2]
+    fused = [tensors[:3] for func, tensors in watch.seen if func is F.scaled_dot_product_attention]
+    return list(zip(*fused, strict=True)) if fused else [(t,) for t in watch.seen[0][1][:2] + watch.seen[last][1][:2]]
+
+
+def differ(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> bool:
+    return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def check(name: str, module: nn.Module, layer: nn.Module, rows: Mapping[str, layout.Rows], call: tuple) -> None:
+    """Each part, and the first and the last feature of each piece of it, moves its own operands and no other."""
+    products = {Tensor.mul, Tensor.__mul__, torch.mul} if name == "mobilevit.LinearSelfAttention" else PRODUCTS
+    last = 1 if name == CASCADE else -1
+    plain = operands(module, layer, call, (), products, last)
+    expected = OTHER.get(name) or (FUSED if len(plain) == 3 else SOFTMAX)
+    for part, pairs in rows.items():
+        edges = [(i, i + 1) for start, stop in pairs for i in (start, stop - 1)]
+        for noisy_rows in (pairs, *((edge,) for edge in edges)):
+            noisy = operands(module, layer, call, noisy_rows, products, last)
+            moved = {i for i, pair in enumerate(zip(plain, noisy, strict=True)) if differ(*pair)}
+            assert moved == expected.get(part, set()), (part, noisy_rows)
+    covered = sorted(pair for pairs in rows.values() for pair in pairs)
+    assert covered[0][0] == 0 and covered[-1][1] == layer_shape(layer)[1]
+    assert all(a[1] == b[0] for a, b in pairwise(covered))
 
 
 @torch.no_grad()
@@ -169,19 +198,26 @@ def test_each_part_reaches_its_operand(name: str) -> None:
     for module in model.modules():
         if hasattr(module, "qkv_bias_separate"):
             module.qkv_bias_separate = True
-    module, site = attention_and_site(model, name)
-    layer, call = model.get_submodule(site.path), inputs_of(model, module)
-    products = {Tensor.mul, Tensor.__mul__, torch.mul} if name == "mobilevit.LinearSelfAttention" else PRODUCTS
-    last = 1 if name == CASCADE else -1
-    plain = operands(module, layer, call, (), products, last)
-    expected = OTHER.get(name) or (FUSED if len(plain) == 3 else SOFTMAX)
-    for part, rows in site.parts.items():
-        noisy = operands(module, layer, call, rows, products, last)
-        moved = {i for i, (a, b) in enumerate(zip(plain, noisy, strict=True)) if not torch.equal(a, b)}
-        assert moved == expected.get(part, set()), part
-    covered = sorted(pair for rows in site.parts.values() for pair in rows)
-    assert covered[0][0] == 0 and covered[-1][1] == site.out_features
-    assert all(a[1] == b[0] for a, b in pairwise(covered))
+    for module, site in attentions_and_sites(model, name):
+        check(name, module, model.get_submodule(site.path), site.parts, inputs_of(model, module))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head_first", [True, False])
+@pytest.mark.parametrize("kind", ["Attention2d", "AttentionCl"])
+def test_both_layouts_of_maxxvit(kind: str, head_first: bool) -> None:
+    """No model of timm has Attention2d with head_first off."""
+    attention = getattr(maxxvit, kind)(64, dim_head=16, head_first=head_first).eval()
+    rows = layout.fused_rows("qkv", attention, 192)
+    assert [len(pairs) for pairs in rows.values()] == [4 if head_first else 1] * 3
+    x = torch.randn(1, 64, 3, 3) if kind == "Attention2d" else torch.randn(1, 3, 3, 64)
+    check(f"maxxvit.{kind}", attention, attention.qkv, rows, ((x,), {}))
+
+
+def test_switches_are_all_met() -> None:
+    """The two settings of gcvit's global attention have different parts, so both must be among the cases."""
+    found = attentions_and_sites(timm.create_model("gcvit_xxtiny"), "gcvit.WindowAttentionGlobal")
+    assert {tuple(site.parts) for _, site in found} == {("q", "k", "v"), ("k", "v")}
 
 
 def test_every_class_in_the_tables_is_tested() -> None:

@@ -35,6 +35,7 @@ def suffixes(model: nn.Module, **settings) -> set[str]:
         ({}, {"attn.qkv", "mlp.fc1", "mlp.fc2"}),
         ({"targets": "qkv"}, {"attn.qkv"}),
         ({"targets": "q"}, {"attn.qkv"}),
+        ({"targets": ("k", "v")}, {"attn.qkv"}),
         ({"targets": "proj"}, {"attn.proj"}),
         ({"targets": "mlp"}, {"mlp.fc1", "mlp.fc2"}),
         ({"targets": "fc1"}, {"mlp.fc1"}),
@@ -46,6 +47,9 @@ def suffixes(model: nn.Module, **settings) -> set[str]:
         ({"exclude": ("mlp.fc1",)}, {"attn.qkv", "mlp.fc2"}),
         ({"exclude": r".*fc\d"}, {"attn.qkv"}),
         ({"targets": "all", "exclude": ("qkv", "fc1")}, {"attn.proj", "mlp.fc2"}),
+        ({"targets": ("qkv",), "exclude": ("q", "k")}, {"attn.qkv"}),
+        ({"targets": ("attn.qkv", "fc1")}, {"attn.qkv", "mlp.fc1"}),
+        ({"targets": r"(?i).*\.FC1"}, {"mlp.fc1"}),
     ],
 )
 def test_targets_and_exclude(settings: dict, expected: set[str]) -> None:
@@ -85,19 +89,63 @@ def test_rank_and_alpha_by_layer() -> None:
     assert configs["blocks.0.mlp.fc1"].alpha == 6 and configs["blocks.0.attn.qkv"].alpha == 4
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("gcvit_xxtiny", {}),
-        ("tiny_vit_5m_224", {}),
-        ("efficientformer_l1", {}),
-        ("mvitv2_tiny", {}),
-        ("hiera_tiny_224", {}),
-    ],
-)
-def test_q_and_v_of_unequal_fused_layers(name: str, options: dict) -> None:
+@pytest.mark.parametrize("key", ["fc1", "mlp.fc1", r"blocks\.\d\.mlp\.fc1", "fc1|fc3", r"(?i)MLP\.fc1"])
+def test_patterns_of_every_form_choose_the_layer(key: str) -> None:
+    config = AdapterConfig(rank=2, layers=(0,), rank_pattern={key: 3}, alpha_pattern={key: 6.0})
+    found = {p.site.path: (p.config.rank, p.config.alpha) for p in plan_adapters(vit(), config)}
+    assert found == {"blocks.0.attn.qkv": (2, None), "blocks.0.mlp.fc1": (3, 6.0), "blocks.0.mlp.fc2": (2, None)}
+
+
+def test_the_first_pattern_that_fits_counts() -> None:
+    for pattern, rank in (({"mlp": 3, "fc1": 5}, 3), ({"fc1": 5, "mlp": 3}, 5), ({"q": 9, "all": 4}, 4)):
+        (plan,) = plan_adapters(vit(), AdapterConfig(rank=2, targets="fc1", layers=(0,), rank_pattern=pattern))
+        assert plan.config.rank == rank
+
+
+def test_the_rank_of_a_part_that_is_not_adapted_counts_for_nothing() -> None:
+    (plan,) = plan_adapters(vit(), AdapterConfig(rank=2, targets=("v",), layers=(0,), rank_pattern={"q": 3}))
+    assert plan.config.rank == 2
+
+
+@pytest.mark.parametrize("share_down", [False, True])
+def test_parts_share_one_down_projection_if_asked(share_down: bool) -> None:
+    model = nolora_vision.inject(timm.create_model("test_vit"), targets=("q", "v"), rank=3, share_down=share_down)
+    for layer in adapted_layers(model).values():
+        shapes = [(tuple(b.lora_A.shape), tuple(b.lora_B.shape), b.rows) for b in layer.adapter.branches()]
+        q, v = (0, 64), (128, 192)
+        together = [((3, 64), (128, 3), (q, v))]
+        assert shapes == (together if share_down else [((3, 64), (64, 3), (q,)), ((3, 64), (64, 3), (v,))])
+
+
+def test_a_rank_may_be_as_large_as_the_layer_but_no_larger() -> None:
+    assert planned(vit(), targets="qkv", rank_pattern={"qkv": 64})
     with torch.device("meta"):
-        model = timm.create_model(name, **options)
+        model = timm.create_model("efficientformer_l1")
+    assert planned(model, targets=("q",), rank_pattern={"qkv": 256})
+    with pytest.raises(InjectionError, match=r"rank 257 is larger than the layer \(q: 448 → 256 .* at most 256\)"):
+        planned(model, targets=("q",), rank_pattern={"qkv": 257})
+
+
+def test_a_layer_that_only_training_calls_is_not_adapted_in_silence() -> None:
+    """torch's own encoder layer reads linear1.weight in a fused kernel, in evaluation and off the meta device."""
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(1, 3, 16)
+    try:
+        nolora_vision.inject(model, targets=("linear1",), rank=2, example_input=x)
+    except InjectionError:
+        return
+    with torch.no_grad():
+        plain = model(x)
+        for parameter in nolora_vision.adapter_parameters(model):
+            nn.init.normal_(parameter)
+        assert not torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize(
+    "name", ["gcvit_xxtiny", "tiny_vit_5m_224", "efficientformer_l1", "mvitv2_tiny", "hiera_tiny_224"]
+)
+def test_q_and_v_of_unequal_fused_layers(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
     plan = plan_adapters(model, AdapterConfig(rank=1, targets=("q", "v")))
     assert plan
     for p in plan:
@@ -182,6 +230,17 @@ REFUSALS: list[tuple[str, Callable[[], nn.Module], dict, type[Exception], str]] 
     ("rank", vit, {"rank": 65}, InjectionError, r"rank 65 is larger than the layer .*at most 64\)"),
     ("one rank", vit, {"rank_pattern": {"fc2": 99}}, InjectionError, r"mlp\.fc2: rank 99 is larger than the layer"),
     ("layers", vit, {"layers": (6,)}, InjectionError, "this model has 6 blocks, numbered 0 to 5"),
+    ("layers from the end", vit, {"layers": (0, -7)}, InjectionError, r"numbered 0 to 5 .*; there is no block -7"),
+    ("all excluded", vit, {"exclude": "all"}, InjectionError, "has no layer to adapt for targets=.*, exclude='all'"),
+    ("whole path", vit, {"targets": "blocks"}, InjectionError, "is a Sequential, which cannot carry an adapter"),
+    (
+        "input",
+        vit,
+        {"example_input": torch.zeros(1, 3, 7, 7)},
+        InjectionError,
+        "could not be run .*Pass example_input=",
+    ),
+    ("stem", vit, {"targets": ("patch_embed.proj",)}, InjectionError, "is a Conv2d, which cannot carry an adapter"),
     ("twice", injected, {}, InjectionError, r"already has adapters\. Call nolora_vision\.eject"),
     ("mha", lambda: nn.TransformerEncoderLayer(16, 2), {}, InjectionError, r"is a torch\.nn\.MultiheadAttention"),
     ("quantised", lambda: with_layer(QuantisedLinear()), {}, InjectionError, r"QuantisedLinear; only plain torch\.nn"),
