@@ -19,7 +19,6 @@ EQUAL_BLOCKS = frozenset(
         "attention.AttentionRope",
         "attention_pool.AttentionPoolLatent",
         "beit.Attention",
-        "bottleneck_attn.BottleneckAttn",
         "cait.TalkingHeadAttn",
         "coat.FactorAttnConvRelPosEnc",
         "convit.GPSA",

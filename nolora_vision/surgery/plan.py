@@ -209,7 +209,10 @@ def _refuse_unsupported_layers(model: nn.Module, plan: Sequence[PlannedAdapter])
             )
         owner = model.get_submodule(planned.site.path.rpartition(".")[0])
         if isinstance(owner, nn.TransformerEncoderLayer):
-            raise InjectionError(f"{planned.site.path} is read by torch's fused kernel in evaluation, never called.")
+            raise InjectionError(
+                f"{planned.site.path} is read by torch's fused kernel in evaluation, never called. Leave it out with "
+                f"exclude={planned.site.path!r}, or use a block that calls its layers, such as timm's."
+            )
         if hasattr(layer, "parametrizations"):
             raise InjectionError(f"{planned.site.path} has a parametrization; remove it before injecting.")
 
