@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nolora_vision"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOORS = {"config": 0, "kernels": 1, "surgery": 2, "training": 3, "benchmark": 4}
+FLOORS = {
+    "config": 0,
+    "kernels": 1,
+    "surgery": 2,
+    "adapters": 3,
+    "training": 4,
+    "benchmark": 5,
+    "commands": 6,
+    "__main__": 7,
+}
 LEAVES = {"nolora_vision.config", "nolora_vision.training.record", "nolora_vision.training.errors"}
 ROOMS = {
     "accelerate": {"training/engine.py"},
@@ -20,7 +29,9 @@ ROOMS = {
     "matplotlib": {"training/figures.py"},
     "peft": {"benchmark/methods.py"},
     "triton": {"kernels/triton.py"},
-    "onnx": {"surgery/export.py"},
+    "onnx": {"adapters/export.py"},
+    "onnxruntime": {"adapters/export.py"},
+    "onnxscript": {"adapters/export.py"},
     "yaml": {"training/run_config.py"},
     "pydantic": {"training/run_config.py"},
     "sklearn": {"training/sources.py"},

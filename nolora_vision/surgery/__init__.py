@@ -1,1 +1,1 @@
-"""What happens to a model: adapters, sites, injection, saving."""
+"""What happens to a model: adapters, sites, injection."""

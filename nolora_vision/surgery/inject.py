@@ -11,16 +11,8 @@ import torch
 from torch import nn
 
 from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
-from nolora_vision.surgery.adapter import (
-    AdaptedLayer,
-    Adapter,
-    LowRankAdapter,
-    NoLoRAConv2d,
-    NoLoRALinear,
-    SplitAdapter,
-    adapted_layers,
-    make_adapter,
-)
+from nolora_vision.surgery.adapter import AdaptedLayer, adapted_layers, adapted_type
+from nolora_vision.surgery.low_rank_adapter import Adapter, LowRankAdapter, SplitAdapter, make_adapter
 from nolora_vision.surgery.plan import InjectionError, PlannedAdapter, plan_adapters
 from nolora_vision.surgery.reach import prove_reach
 from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, cure_bypass
@@ -28,6 +20,8 @@ from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, cure_bypa
 Model = TypeVar("Model", bound=nn.Module)
 
 RECORD = "_nolora_injection"
+SHELF = "_nolora_shelf"
+"""Attribute of a model that has several adapters; see `switch.py`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def inject(
     try:
         for path, adapter in adapters.items():
             layer = model.get_submodule(path)
-            (NoLoRAConv2d if isinstance(layer, nn.Conv2d) else NoLoRALinear).adopt(layer, adapter)
+            adapted_type(layer).adopt(layer, adapter)
         prove_reach(model, adapters, example_input)
     except BaseException:
         _undo(model, cured)
@@ -100,6 +94,9 @@ def eject(model: Model) -> Model:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(name, parameter.requires_grad))
     delattr(model, RECORD)
+    if hasattr(model, SHELF):
+        getattr(model, SHELF).close()
+        delattr(model, SHELF)
     return model
 
 

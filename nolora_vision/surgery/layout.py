@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-Rows = tuple[tuple[int, int], ...]
+from nolora_vision.surgery.low_rank_adapter import Rows
 
 EQUAL_BLOCKS = frozenset(
     {

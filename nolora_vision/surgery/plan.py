@@ -58,7 +58,7 @@ def plan_adapters(model: nn.Module, config: AdapterConfig) -> list[PlannedAdapte
     for site in sites:
         if blocks is not None and site.block not in blocks:
             continue
-        parts = _chosen_parts(site, config)
+        parts = chosen_parts(site, config)
         if parts is not None:
             plan.append(PlannedAdapter(site, _own_config(site, config, parts), parts or None))
     if not plan:
@@ -81,7 +81,7 @@ def _names(selection: tuple[str, ...] | str) -> tuple[tuple[str, ...], tuple[str
     return tuple(i for i in items if i in ROLES), tuple(i for i in items if i not in ROLES), isinstance(selection, str)
 
 
-def _chosen_parts(site: Site, config: AdapterConfig) -> dict[str, Rows] | None:
+def chosen_parts(site: Site, config: AdapterConfig) -> dict[str, Rows] | None:
     """None: not chosen. {}: the whole layer. Otherwise the output features of each chosen part."""
     target_roles, names, whole = _names(config.targets)
     exclude_roles, exclude_names, exclude_whole = _names(config.exclude)
@@ -121,14 +121,14 @@ def _rows_of(site: Site, wanted: Iterable[str], *, together: bool) -> dict[str, 
 
 
 def _own_config(site: Site, config: AdapterConfig, parts: Iterable[str]) -> AdapterConfig:
-    rank = _by_pattern(config.rank_pattern, site, parts)
-    alpha = _by_pattern(config.alpha_pattern, site, parts)
+    rank = value_by_pattern(config.rank_pattern, site, parts)
+    alpha = value_by_pattern(config.alpha_pattern, site, parts)
     changes = {} if rank is None else {"rank": int(rank)}
     changes |= {} if alpha is None else {"alpha": alpha}
     return replace(config, **changes) if changes else config
 
 
-def _by_pattern(pattern: Mapping[str, float], site: Site, parts: Iterable[str]) -> float | None:
+def value_by_pattern(pattern: Mapping[str, float], site: Site, parts: Iterable[str]) -> float | None:
     """The value of the first key that is a role of the layer, or a suffix or pattern for its path (as in PEFT)."""
     atoms = frozenset().union(*(ATOMS[part] for part in parts)) or ATOMS[site.role]
     for key, value in pattern.items():

@@ -127,7 +127,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         role = roles.get(path, "")
         in_features, out_features = layer_shape(layer)
         parts = fused_rows(role, modules[_container(path)], out_features)
-        sites.append(Site(path, role, _block(path), in_features, out_features, parts))
+        sites.append(Site(path, role, block_of(path), in_features, out_features, parts))
     return sites
 
 
@@ -138,19 +138,26 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
 
+def bypassing_attentions(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Paths of the attentions among the owners of these layers that read the layer's weight and never call it."""
+    owners = dict.fromkeys(path.rpartition(".")[0] for path in paths)
+    modules = ((owner, model.get_submodule(owner)) for owner in owners)
+    return [
+        owner
+        for owner, attention in modules
+        if getattr(attention, BYPASS_FLAG, True) is False and getattr(attention, "q_bias", None) is not None
+    ]
+
+
 def cure_bypass(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """Make the blocks of these layers call them; returns the paths of the attentions whose flag was turned on."""
-    cured = []
-    for path in paths:
-        owner = path.rpartition(".")[0]
-        attention = model.get_submodule(owner)
-        if getattr(attention, BYPASS_FLAG, True) is False and getattr(attention, "q_bias", None) is not None:
-            setattr(attention, BYPASS_FLAG, True)
-            cured.append(owner)
+    cured = bypassing_attentions(model, paths)
+    for owner in cured:
+        setattr(model.get_submodule(owner), BYPASS_FLAG, True)
     return cured
 
 
-def _meaning(path: str) -> tuple[list[str], int]:
+def meaning(path: str) -> tuple[list[str], int]:
     """The components of a path, and the index of the one that says what the layer is."""
     parts = path.split(".")
     i = len(parts) - 1
@@ -163,18 +170,20 @@ def _meaning(path: str) -> tuple[list[str], int]:
 
 def _container(path: str) -> str:
     """Path of the module that holds the layer's meaningful name: the attention or the MLP."""
-    parts, i = _meaning(path)
+    parts, i = meaning(path)
     return ".".join(parts[:i])
 
 
-def _block(path: str) -> str:
-    parts, i = _meaning(path)
+def block_of(path: str) -> str:
+    """Path of the block that a layer belongs to, '' outside any."""
+    parts, i = meaning(path)
     numbered = [k for k in range(i) if parts[k].isdigit()]
     return ".".join(parts[: numbered[-1] + 1]) if numbered else ""
 
 
-def _transforms_tokens(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    parts, _ = _meaning(path)
+def transforms_tokens(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer acts on tokens, not on a channel gate, a position bias, a pooling or the stem."""
+    parts, _ = meaning(path)
     above = (".".join(parts[:k]) for k in range(1, len(parts)))
     return not NOT_TOKENS.intersection(parts[:-1]) and not any(
         NOT_TOKENS_CLASS.fullmatch(type(modules[p]).__name__) for p in above
@@ -185,8 +194,8 @@ def _attention_roles(layers: Mapping[str, nn.Module], modules: Mapping[str, nn.M
     roles: dict[str, str] = {}
     outputs: list[str] = []
     for path in layers:
-        parts, i = _meaning(path)
-        if not _transforms_tokens(path, modules):
+        parts, i = meaning(path)
+        if not transforms_tokens(path, modules):
             continue
         if parts[i] in ATTENTION_INPUTS:
             roles[path] = ATTENTION_INPUTS[parts[i]]
@@ -200,15 +209,15 @@ def _mlp_roles(layers: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
     """fc2 for the last layer of each MLP, fc1 for the ones before it (a gated MLP has two)."""
     members: dict[str, list[str]] = {}
     for path in layers:
-        owner = _mlp_of(path, modules)
-        if owner is not None and _transforms_tokens(path, modules):
+        owner = mlp_of(path, modules)
+        if owner is not None and transforms_tokens(path, modules):
             members.setdefault(owner, []).append(path)
     return {path: "fc2" if path == paths[-1] else "fc1" for paths in members.values() for path in paths}
 
 
-def _mlp_of(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+def mlp_of(path: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Path of the MLP that a layer belongs to, or None."""
-    parts, i = _meaning(path)
+    parts, i = meaning(path)
     if parts[i] in ATTENTION_INPUTS or parts[i] in ATTENTION_OUTPUTS:
         return None
     for k in range(len(parts) - 1, max(0, len(parts) - 5), -1):

@@ -90,10 +90,20 @@ def save_outputs(
 ) -> None:
     """Adapter, history, pictures and, when all of them are there, the record."""
     config = record["config"]
-    facts = {key: record[key] for key in ("method", "model", "metrics")}
-    facts |= {key: config[key] for key in ("img_size", "model_kwargs", "pretrained_path", "pretrained")}
-    facts |= {"class_names": list(data.class_names), "dataset": record["dataset"]["id"]}
-    save_adapter(model, folder / "adapter", metadata=facts, preprocessing=images)
+    kwargs = {**({} if config["img_size"] is None else {"img_size": config["img_size"]}), **config["model_kwargs"]}
+    save_adapter(
+        model,
+        folder / "adapter",
+        class_names=data.class_names,
+        metrics=record["metrics"],
+        preprocessing=images,
+        model_kwargs=kwargs,
+        metadata={
+            "method": record["method"],
+            "dataset": record["dataset"]["id"],
+            **{key: config[key] for key in ("pretrained", "pretrained_path")},
+        },
+    )
     write_atomic(folder / "summary.csv", history_csv(result.history))
     title = f"{record['method']}, {record['model']}, {record['dataset']['id']}"
     drawn = figures.learning_curve(

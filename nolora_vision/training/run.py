@@ -272,7 +272,7 @@ def run_eval_only(config: RunConfig) -> dict[str, Any]:
 
 def _refuse_lost_backbone(saved: Mapping[str, Any]) -> None:
     """An adapter is only worth something on the frozen weights that it was trained on."""
-    facts = saved.get("metadata", {})
+    facts = saved["metadata"]
     if not facts.get("pretrained", True) and facts.get("method") != "full":
         raise RunError(
             "This adapter was trained on a frozen backbone of random weights (--no-pretrained), which no file holds, "

@@ -152,15 +152,16 @@ class RunConfig:
         Args:
             saved: contents of the adapter's `adapter_config.json`.
         """
-        facts = saved.get("metadata", {})
+        facts, kwargs = saved["metadata"], dict(saved["model_kwargs"])
         path = self.pretrained_path or facts.get("pretrained_path")
+        img_size = kwargs.pop("img_size", None)
         return replace(
             self,
             model=saved["architecture"] + (f".{saved['pretrained_tag']}" if saved["pretrained_tag"] else ""),
             pretrained=self.pretrained and facts.get("pretrained", True),
             pretrained_path=None if path is None else Path(path),
-            img_size=self.img_size or facts.get("img_size"),
-            model_kwargs=self.model_kwargs or facts.get("model_kwargs", {}),
+            img_size=self.img_size or img_size,
+            model_kwargs=self.model_kwargs or kwargs,
         )
 
 

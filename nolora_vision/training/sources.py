@@ -12,6 +12,7 @@ from PIL import Image
 
 from nolora_vision.config import did_you_mean
 from nolora_vision.training.errors import RunError, hub_advice
+from nolora_vision.training.images import UnreadableImageError, as_rgb, read_image
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,10 @@ def _image_folder(path: Path) -> dict[str, Table]:
 
 def _opener(files: Sequence[str]) -> Callable[[int], Image.Image]:
     def image(i: int) -> Image.Image:
-        with Image.open(files[i]) as opened:
-            return opened.convert("RGB")
+        try:
+            return read_image(files[i])
+        except UnreadableImageError as error:
+            raise RunError(f"The image {files[i]} cannot be read: {error}. Mend it or take it out.") from error
 
     return image
 
@@ -211,7 +214,7 @@ def _table(rows: Any, image_key: str, label_key: str, names: tuple[str, ...]) ->
     values = list(values)
     ids = {name: i for i, name in enumerate(names)}
     labels = [ids[str(value)] if not isinstance(value, int) else value for value in values]
-    return Table(lambda i: rows[i][image_key].convert("RGB"), labels, names)
+    return Table(lambda i: as_rgb(rows[i][image_key]), labels, names)
 
 
 def _class_names(splits: Mapping[str, Any], label_key: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nolora_vision import AdapterConfig, LowRankAdapter, NoLoRAConv2d, NoLoRALinear
 from nolora_vision.config import MODULATIONS, NONLINEARITIES
-from nolora_vision.surgery.adapter import make_adapter
+from nolora_vision.surgery.low_rank_adapter import make_adapter
 
 
 def randomise(layer: nn.Module) -> None:

@@ -1,6 +1,9 @@
 """The real commands on real weights and real images, from the Hub whose address is in NOLORA_TEST_HUB."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,43 @@ def test_offline_says_what_to_do(train_py, tmp_path: Path, args: list[str]) -> N
     assert "HF_ENDPOINT" in done.stderr and "HF_HUB_OFFLINE=1" in done.stderr and "In the cache: no " in done.stderr
     wanted = "--dataset digits (needs no network) or a local folder" if "cifar10" in args else "--no-pretrained"
     assert wanted in done.stderr
+
+
+SAVE_AND_REBUILD = """
+import sys, timm, torch, nolora_vision
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x = torch.randn(2, 3, 224, 224)
+if sys.argv[1] == "save":
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=10).eval()
+    nolora_vision.inject(model)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.02)
+    nolora_vision.save_adapter(model, "adapter", class_names=[f"class {i}" for i in range(10)])
+    torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=True, num_classes=0).eval()(x), "bare.pt")
+else:
+    model = nolora_vision.from_pretrained("adapter")
+    assert nolora_vision.class_names(model)[9] == "class 9"
+    assert nolora_vision.preprocessing_of(model)["mean"] == (0.5, 0.5, 0.5)
+with torch.no_grad():
+    torch.save((model(x), model.forward_head(model.forward_features(x), pre_logits=True)), sys.argv[1] + ".pt")
+"""
+
+
+def test_from_pretrained_gives_the_same_logits_in_another_process(hub_env, tmp_path: Path) -> None:
+    import torch
+
+    for step in ("save", "rebuild"):
+        env = {**os.environ, **hub_env, "HF_HOME": str(tmp_path / step)}  # each downloads anew
+        command = [sys.executable, "-c", SAVE_AND_REBUILD, step]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    (before, features), (after, _) = (torch.load(tmp_path / f"{step}.pt") for step in ("save", "rebuild"))
+    assert torch.equal(before, after) and before.shape == (2, 10) and before.std() > 0
+    assert not torch.equal(features, torch.load(tmp_path / "bare.pt"))  # the adapters do something
+
+    env = {**os.environ, **hub_env, "HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", SAVE_AND_REBUILD, "rebuild"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    said = "adapter is sound, but the weights of its backbone vit_tiny_patch16_224.augreg_in21k_ft_in1k could not be"
+    assert done.returncode != 0 and said in done.stderr and "HF_ENDPOINT" in done.stderr

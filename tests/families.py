@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import timm
 import torch
 from torch import nn
@@ -49,9 +48,3 @@ FAMILIES = {
     "pvt_v2": Family("pvt_v2_b0", 64, {"depths": (1, 1, 1, 1)}),
     "maxvit": Family("test_maxvit", 160),
 }
-
-
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES.keys())
-def family(request: pytest.FixtureRequest) -> Family:
-    """Each family in turn."""
-    return request.param

@@ -1,0 +1,1 @@
+"""What happens to an adapter: saved, loaded, shared, swapped, exported, looked at."""

@@ -1,0 +1,218 @@
+"""predict: the likeliest classes of images by a saved adapter, for `nolora-vision predict`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tyro.conf import Positional, arg
+
+from nolora_vision.commands.classifier import load_model, predict_images
+from nolora_vision.commands.images import Found, find_images, read_names
+from nolora_vision.commands.predictions import Prediction, as_csv, as_json, as_lines, print_table, printable
+from nolora_vision.training.errors import RunError
+
+GRID_IMAGES = 100
+
+
+def predict_command(
+    source: Annotated[Positional[str], arg(metavar="DIR_OR_ID")],
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help_behavior_hint="")] = (),
+    /,
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    revision: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    amp_dtype: Literal["none", "bfloat16", "float16"] = "none",
+    workers: int = min(8, os.cpu_count() or 1),
+    csv: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+    json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+    grid: Annotated[str | None, arg(metavar="PNG", help_behavior_hint="")] = None,
+) -> int:
+    """Classify images with a saved adapter.
+
+    On a terminal the result is a table; elsewhere a line for each image: path, class, probability, class, probability,
+    …, separated by tabs. Exits with 0, with 1 if an image could not be read, with 2 if nothing could be done.
+
+    Args:
+        source: the adapter: a directory that training wrote, or its id on the Hugging Face Hub.
+        images: files, folders (with all images below them), quoted globs; - reads a list of paths on stdin, one a line.
+        top_k: how many classes to name for each image.
+        batch_size: images that go through the model at once.
+        revision: branch, tag or commit, where the source is on the Hub.
+        device: where to compute; auto takes a GPU if there is one.
+        amp_dtype: type of mixed precision.
+        workers: threads that read images.
+        csv: also write path, class_1, probability_1, … to this file; - is stdout, instead of the table.
+        json: also write predictions and skipped images to this file; - is stdout, instead of the table.
+        grid: also draw the first 100 images with their classes into this PNG.
+    """
+    outputs = {"csv": csv, "json": json, "grid": grid}
+    refuse_unusable({"top-k": top_k, "batch-size": batch_size, "workers": workers}, outputs)
+    found = find_all(images)
+    shown = "-" not in outputs.values()
+    outcomes, words = predict_with_bar(
+        found.paths,
+        model={"source": source, "device": device, "revision": revision, "amp_dtype": amp_dtype},
+        lines=shown and not sys.stdout.isatty(),
+        thumbnails=GRID_IMAGES if grid else 0,
+        options={"top_k": top_k, "batch_size": batch_size, "amp_dtype": amp_dtype, "workers": workers},
+    )
+    outcomes = [*(Prediction(name, skipped=why) for name, why in found.missing), *outcomes]
+    write_files(outcomes, outputs, title=source)
+    if shown and sys.stdout.isatty():
+        print_table(outcomes, f"{printable(source)} · {words}", Console(highlight=False))
+    return report(outcomes, found.repeated)
+
+
+def predict_with_bar(
+    paths: Sequence[str], *, model: Mapping[str, Any], lines: bool, thumbnails: int, options: Mapping[str, Any]
+) -> tuple[list[Prediction], str]:
+    """The outcome for each path, and in words how many there were in what time; with `lines` printed as they come.
+
+    Args:
+        model: arguments of `load_model`.
+        options: of `predict_images`.
+    """
+    outcomes: list[Prediction] = []
+    with progress_bar(len(paths)) as bar:
+        loaded, device_name = load_model(**model)
+        bar.update(bar.task_ids[0], description="predicting")
+        started = time.perf_counter()
+        for batch in predict_images(loaded, paths, thumbnails=thumbnails, **options):
+            if lines:
+                print(as_lines(batch), end="", flush=True)
+            outcomes += batch
+            bar.advance(bar.task_ids[0], len(batch))
+        seconds = time.perf_counter() - started
+    count = sum(not p.skipped for p in outcomes)
+    return outcomes, f"{count:,} image{'' if count == 1 else 's'} in {seconds:.1f} s on {device_name}"
+
+
+def refuse_unusable(numbers: Mapping[str, int], outputs: Mapping[str, str | None]) -> None:
+    """Check what can be checked before anything is loaded.
+
+    Raises:
+        RunError: if a number is below 1, or an output cannot be written.
+    """
+    for name, value in numbers.items():
+        if value < 1:
+            raise RunError(f"--{name} must be at least 1, got {value}.")
+    if outputs["csv"] == outputs["json"] == "-":
+        raise RunError("--csv - and --json - both want stdout. Give one of them a file.")
+    for name, path in outputs.items():
+        if path is not None and (path != "-" or name == "grid"):
+            _refuse_unwritable(name, Path(path))
+    if outputs["grid"] is not None:
+        from nolora_vision.training.figures import pyplot
+
+        if pyplot() is None:
+            raise RunError("--grid needs matplotlib: pip install 'nolora-vision[plots]'.")
+
+
+def _refuse_unwritable(name: str, path: Path) -> None:
+    if name == "grid" and path.suffix.lower() != ".png":
+        raise RunError(f"--grid writes a PNG file, got {path}. Let its name end in .png.")
+    if path.is_dir():
+        raise RunError(f"--{name} {path} is a folder. Name a file in it.")
+    if not path.parent.is_dir():
+        raise RunError(f"--{name} {path}: there is no folder {path.parent}. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise RunError(f"--{name} {path}: the folder {path.parent} cannot be written to. Choose another.")
+
+
+def find_all(names: Sequence[str]) -> Found:
+    """The images that the command line names.
+
+    Raises:
+        RunError: if there is none.
+    """
+    listed: list[str] = []
+    for name in names:
+        listed += read_names(sys.stdin.buffer) if name == "-" else [name]
+    found = find_images(listed)
+    if found.paths:
+        return found
+    if "-" in names and not listed:
+        raise RunError("No images: the list on stdin is empty. Write one path a line.")
+    if not names:
+        raise RunError("No images given. Name files, folders or quoted globs, or - for a list on stdin.")
+    missing = "\n".join(f"  {printable(name)}: {why}" for name, why in found.missing[:20])
+    raise RunError(f"No images found:\n{missing}")
+
+
+def write_files(outcomes: Sequence[Prediction], outputs: Mapping[str, str | None], *, title: str) -> None:
+    """Write what was asked for: each file whole or not at all.
+
+    Raises:
+        RunError: if one cannot be written.
+    """
+    from nolora_vision.training.record import write_atomic
+
+    good = [p for p in outcomes if not p.skipped]
+    columns = max((len(p.classes) for p in good), default=1)
+    texts = {"csv": lambda: as_csv(outcomes, columns), "json": lambda: as_json(outcomes)}
+    for name, path in outputs.items():
+        try:
+            if path == "-":
+                sys.stdout.write(texts[name]())
+            elif path is not None and name == "grid":
+                write_grid(Path(path), good, title=title)
+            elif path is not None:
+                write_atomic(Path(path), texts[name]())
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise RunError(f"--{name} {path} could not be written: {error.strerror or error}.") from error
+
+
+def report(outcomes: Sequence[Prediction], repeated: int) -> int:
+    """Say on stderr what was skipped and why; the exit code."""
+    sys.stdout.flush()
+    if repeated:
+        files = "1 file was" if repeated == 1 else f"{repeated:,} files were"
+        print(f"{files} named more than once, and predicted once.", file=sys.stderr)
+    skipped = [p for p in outcomes if p.skipped]
+    if skipped:
+        print(f"Skipped {len(skipped):,} of {len(outcomes):,}:", file=sys.stderr)
+        for p in skipped:
+            print(f"  {printable(p.path)}: {printable(p.skipped)}", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+def progress_bar(images: int) -> Progress:
+    """A bar on stderr, on a terminal only; its one task first says that the model is loaded."""
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    bar.add_task("loading the model", total=images)
+    return bar
+
+
+def write_grid(path: Path, predictions: Sequence[Prediction], *, title: str) -> None:
+    """Draw those that have a thumbnail, and say on stderr how many have not."""
+    from nolora_vision.commands.contact_sheet import contact_sheet
+
+    shown = [p for p in predictions if p.thumbnail is not None]
+    if not shown:
+        print(f"{path} was not written: there is no image to draw.", file=sys.stderr)
+        return
+    cells = [(p.thumbnail, p.classes[0], p.probabilities[0], Path(p.path).name) for p in shown]
+    left_out = len(predictions) - len(shown)
+    contact_sheet(path, cells, title=title, left_out=left_out)
+    if left_out:
+        print(f"{path} shows the first {len(shown)} of {len(predictions):,} images.", file=sys.stderr)

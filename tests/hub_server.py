@@ -1,0 +1,199 @@
+"""A stand-in of the Hugging Face Hub on loopback: models in memory, for the real client to write to and read from.
+
+One account, private repositories, branches, tags and commits, and faults on demand; no LFS, xet, redirects or pages.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_standin"
+API = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+?)/(?P<verb>revision|tree|preupload|commit|branch)/(?P<rev>[^/]+)")
+RESOLVE = re.compile(r"/(?P<id>[^/]+/[^/]+)/(?P<verb>resolve)/(?P<rev>[^/]+)/(?P<path>.+)")
+WRITES = ("preupload", "commit", "branch")
+
+Files = dict[str, bytes]
+
+
+def git_id(content: bytes, kind: str = "blob") -> str:
+    """What git calls an object."""
+    return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).hexdigest()
+
+
+@dataclass
+class Repo:
+    """Commits by their id, and names of them."""
+
+    private: bool = False
+    commits: dict[str, Files] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: Files, ref: str = "main") -> str:
+        """Add a commit with these files (and no others) to a branch."""
+        content = "".join(f"{path} {git_id(data)}\n" for path, data in sorted(files.items()))
+        commit = git_id(f"{self.refs.get(ref, '')} {len(self.commits)}\n{content}".encode(), "commit")
+        self.commits[commit], self.refs[ref] = dict(files), commit
+        return commit
+
+    def files(self, ref: str = "main") -> Files:
+        """The files at a branch, tag or commit."""
+        return self.commits[self.refs.get(ref, ref)]
+
+
+@dataclass
+class Faults:
+    """What goes wrong, while it is set."""
+
+    status: int | None = None
+    """Every answer has this status."""
+    cut_after: int | None = None
+    """The connection drops after so many bytes of a file's body."""
+    wrong_bytes: tuple[str, ...] = ()
+    """These files come with one byte altered."""
+    delay_s: float = 0.0
+    """Every answer waits."""
+
+
+class Refusal(Exception):
+    """A status and the code by which the client chooses its exception."""
+
+    def __init__(self, status: int, code: str = "", **content: Any) -> None:
+        super().__init__(code)
+        self.status, self.code, self.content = status, code, {"error": code, **content}
+
+
+class HubServer(ThreadingHTTPServer):
+    """Repositories by id, faults, and the requests so far as `METHOD path`."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos: dict[str, Repo] = {}
+        self.faults = Faults()
+        self.requests: list[str] = []
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client may leave when it likes."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Routes one request."""
+
+    server: HubServer
+
+    def do_GET(self) -> None:
+        """Answer, or refuse in the Hub's words."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append(f"{self.command} {self.path}")
+        threading.Event().wait(self.server.faults.delay_s)
+        try:
+            if self.server.faults.status:
+                raise Refusal(self.server.faults.status)
+            self.route(urlsplit(self.path).path, body)
+        except Refusal as refusal:
+            self.send(json.dumps(refusal.content).encode(), refusal.status, {"X-Error-Code": refusal.code})
+
+    do_HEAD = do_POST = do_GET
+
+    def route(self, path: str, body: bytes) -> None:
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        match = API.fullmatch(path) or RESOLVE.fullmatch(path)
+        if match is None:
+            raise Refusal(404, "NotFound")
+        repo, verb, rev = self.server.repos.get(match["id"]), match["verb"], unquote(match["rev"])
+        if (verb in WRITES or (repo and repo.private)) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise Refusal(401)
+        if repo is None:
+            raise Refusal(404, "RepoNotFound")
+        if verb == "branch":
+            return self.branch(repo, rev)
+        commit = repo.refs.get(rev, rev)
+        if commit not in repo.commits:
+            raise Refusal(404, "RevisionNotFound")
+        if verb == "resolve":
+            return self.send_file(repo, commit, unquote(match["path"]))
+        if verb == "commit":
+            return self.commit(match["id"], repo, rev, body)
+        files = repo.commits[commit]
+        if verb == "preupload":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            known = {path: git_id(content) for path, content in files.items()}
+            return self.send_json({"files": [{"path": path, "oid": known.get(path), **modes} for path in paths]})
+        tree = [{"type": "file", "path": p, "size": len(c), "oid": git_id(c)} for p, c in files.items()]
+        if verb == "tree":
+            return self.send_json(tree)
+        self.send_json({"id": match["id"], "sha": commit, "siblings": [{"rfilename": path} for path in files]})
+
+    def create(self, wanted: dict[str, Any]) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise Refusal(401)
+        repo_id = f"{wanted['organization'] or 'me'}/{wanted['name']}"
+        url = f"{self.server.endpoint}/{repo_id}"
+        if repo_id in self.server.repos:
+            raise Refusal(409, url=url)
+        repo = self.server.repos[repo_id] = Repo(private=wanted.get("visibility") == "private")
+        repo.commit({".gitattributes": b""})
+        self.send_json({"url": url})
+
+    def branch(self, repo: Repo, name: str) -> None:
+        if name in repo.refs:
+            raise Refusal(409)
+        repo.refs[name] = repo.refs["main"]
+        self.send_json({})
+
+    def commit(self, repo_id: str, repo: Repo, branch: str, body: bytes) -> None:
+        files = dict(repo.files(branch))
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        commit = repo.commit(files, branch)
+        self.send_json({"commitOid": commit, "commitUrl": f"{self.server.endpoint}/{repo_id}/commit/{commit}"})
+
+    def send_file(self, repo: Repo, commit: str, path: str) -> None:
+        headers = {"X-Repo-Commit": commit}
+        if path not in repo.commits[commit]:
+            return self.send(b"{}", 404, {"X-Error-Code": "EntryNotFound", **headers})
+        content = repo.commits[commit][path]
+        etag = f'"{git_id(content)}"'
+        if path in self.server.faults.wrong_bytes:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self.send(content, 200, {"ETag": etag, **headers}, cut_after=self.server.faults.cut_after)
+
+    def send_json(self, value: Any) -> None:
+        self.send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+
+    def send(self, body: bytes, status: int, headers: dict[str, str], cut_after: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:cut_after])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on the terminal of the tests."""
+
+
+@contextmanager
+def hub_server() -> Iterator[HubServer]:
+    """A server that is stopped at the end."""
+    with HubServer() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
