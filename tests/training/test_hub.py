@@ -22,7 +22,7 @@ def test_a_run_on_the_hubs_weights_and_images(train_py, hub_env, tmp_path: Path)
     assert record["dataset"]["id"] == "uoft-cs/cifar10" and record["dataset"]["num_classes"] == 10
     assert record["parameters"]["adapter"] == 12 * (3 * 8 * (8 + 3) + 8 * (4 * 192 + 2 * 5 * 192))
     config = json.loads((tmp_path / "out" / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["metadata"]["class_names"][0] == "airplane" and config["preprocessing"]["crop_pct"] == 1.0
+    assert config["class_names"][0] == "airplane" and config["preprocessing"]["crop_pct"] == 1.0
 
     offline = {**hub_env, "HF_HUB_OFFLINE": "1"}  # the cache is warm now
     scored = f"{record['metrics']['test_top1_percent']:.2f} %"
