@@ -149,6 +149,16 @@ def test_training_folding_and_saving_go_to_the_active_one(saved, x: Tensor, tmp_
         assert torch.equal(set_adapter(model, "attention")(x), folded)
 
 
+def test_the_active_one_is_exported(saved, x: Tensor, tmp_path: Path) -> None:
+    model = set_adapter(with_all(saved), "mlp")
+    nolora_vision.export(model, tmp_path / "m.pt2", format="torch")
+    with torch.no_grad():
+        got = torch.export.load(tmp_path / "m.pt2").module()(x)
+        torch.testing.assert_close(got, model(x), atol=1e-5, rtol=1e-5)  # folded: rounded in another order
+    assert nolora_vision.read_export_metadata(tmp_path / "m.pt2")["class_names"][0] == "mlp0"
+    assert nolora_vision.adapter_names(model) == tuple(saved)
+
+
 def test_eject_and_disabled_work_on_the_active_one(saved, x: Tensor) -> None:
     model = set_adapter(with_all(saved), "b")
     with torch.no_grad():
