@@ -175,6 +175,15 @@ class LowRank(NamedTuple):
     """The output features that the update reaches, as (start, stop) in ascending order; None means all."""
 
 
+class Frozen(NamedTuple):
+    """The frozen linear layer W x + b, where its output is still to be computed."""
+
+    weight: Tensor
+    """W: (E, D)."""
+    bias: Tensor | None
+    """b: (E,), or None."""
+
+
 def rank_space(h: Tensor, branch: LowRank) -> Tensor:
     """s · v ⊙ f_θ(h): (..., R) → (..., R), in at least fp32."""
     h = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -185,25 +194,41 @@ def rank_space(h: Tensor, branch: LowRank) -> Tensor:
     return z if branch.scale == 1 else z * branch.scale
 
 
-def low_rank_delta(x: Tensor, base: Tensor, branches: Sequence[LowRank]) -> Tensor:
+def low_rank_delta(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> Tensor:
     """base + Σ_k s_k B_k (v_k ⊙ f_k(A_k x)), in the cheap form: one product down, one `addmm` into a copy of base.
 
     Args:
         x: (..., D), the layer's input.
-        base: (..., E), what the frozen layer made of x; not modified.
+        base: (..., E), what the frozen layer made of x; not modified. Or the layer itself.
         branches: updates of this layer; their A are stacked, so that x is read once.
 
     Returns:
         A new tensor (..., E) in base's dtype.
     """
+    if isinstance(base, Frozen):
+        base = F.linear(x, base.weight, base.bias)  # under autocast, if it is on
     dtype = base.dtype
-    with _no_autocast(x.device.type):
-        h = F.linear(x.to(dtype), torch.cat([b.down.to(dtype) for b in branches]))
-        parts = h.split([b.down.shape[0] for b in branches], dim=-1)
-        z = torch.cat([rank_space(part, b) for part, b in zip(parts, branches, strict=True)], dim=-1)
-        up = torch.cat([_spread(b.up.to(dtype), b.rows, base.shape[-1]) for b in branches], dim=1)
+    with no_autocast(x.device.type):
+        z = all_rank_spaces(F.linear(x.to(dtype), stacked_down(branches, dtype)), branches)
+        up = stacked_up(branches, base.shape[-1], dtype)
         flat = torch.addmm(base.reshape(-1, base.shape[-1]), z.to(dtype).reshape(-1, z.shape[-1]), up.t())
     return flat.reshape(base.shape)
+
+
+def stacked_down(branches: Sequence[LowRank], dtype: torch.dtype) -> Tensor:
+    """The A of all branches below one another: (R, D)."""
+    return torch.cat([branch.down.to(dtype) for branch in branches])
+
+
+def stacked_up(branches: Sequence[LowRank], out_features: int, dtype: torch.dtype) -> Tensor:
+    """The B of all branches beside one another, 0 where one does not reach: (E, R)."""
+    return torch.cat([_spread(branch.up.to(dtype), branch.rows, out_features) for branch in branches], dim=1)
+
+
+def all_rank_spaces(h: Tensor, branches: Sequence[LowRank]) -> Tensor:
+    """`rank_space` of each branch on its part of h: (..., R) → (..., R)."""
+    parts = h.split([branch.down.shape[0] for branch in branches], dim=-1)
+    return torch.cat([rank_space(part, branch) for part, branch in zip(parts, branches, strict=True)], dim=-1)
 
 
 def _spread(up: Tensor, rows: tuple[tuple[int, int], ...] | None, out_features: int) -> Tensor:
@@ -217,7 +242,7 @@ def _spread(up: Tensor, rows: tuple[tuple[int, int], ...] | None, out_features: 
     return torch.cat([*pieces, up.new_zeros(out_features - end, up.shape[1])])
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Turn autocast off where it is on: the dtypes here are chosen, and the gate must stay in fp32."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nolora_vision.config import AdapterConfig
+from nolora_vision.kernels import Frozen
 from nolora_vision.surgery.low_rank_adapter import Adapter, make_adapter
 
 Update = Callable[[Tensor, Tensor], Tensor]
@@ -55,10 +56,6 @@ class AdaptedLayer(nn.Module):
         self.__class__ = self.base_class  # type: ignore[assignment]
         return self
 
-    def update(self, x: Tensor, base: Tensor) -> Tensor:
-        """x: (..., D), base: (..., E) → base with the adapter's update, or each sample's own, added."""
-        return self.adapter(x, base) if self.mixture is None else self.mixture(x, base)
-
 
 _Layer = TypeVar("_Layer", bound=AdaptedLayer)
 
@@ -95,7 +92,9 @@ class NoLoRALinear(AdaptedLayer, nn.Linear):
         if not self.adapter_enabled:
             return nn.Linear.forward(self, input)
         input = cast_for_autocast(input)
-        return self.update(input, nn.Linear.forward(self, input))
+        if self.mixture is None:
+            return self.adapter(input, Frozen(self.weight, self.bias))
+        return self.mixture(input, nn.Linear.forward(self, input))
 
 
 class NoLoRAConv2d(AdaptedLayer, nn.Conv2d):
@@ -134,7 +133,8 @@ class NoLoRAConv2d(AdaptedLayer, nn.Conv2d):
         input = cast_for_autocast(input)
         base = nn.Conv2d.forward(self, input)
         seen = input[..., :: self.stride[0], :: self.stride[1]]
-        y = self.update(seen.movedim(-3, -1), base.movedim(-3, -1)).movedim(-1, -3)
+        update = self.adapter if self.mixture is None else self.mixture
+        y = update(seen.movedim(-3, -1), base.movedim(-3, -1)).movedim(-1, -3)
         return y if y.stride() == base.stride() else torch.empty_like(base).copy_(y)
 
 

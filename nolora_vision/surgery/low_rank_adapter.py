@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nolora_vision.config import AdapterConfig
-from nolora_vision.kernels import FORMULAS, LowRank, low_rank_delta
+from nolora_vision.kernels import FORMULAS, Frozen, LowRank, low_rank_delta
 from nolora_vision.kernels.eager import kaiming_uniform_down
 
 Rows = tuple[tuple[int, int], ...]
@@ -87,10 +87,9 @@ class LowRankAdapter(nn.Module):
         """The updates that this adapter adds to its layer: itself."""
         yield self
 
-    def forward(self, x: Tensor, base: Tensor) -> Tensor:
-        """x: (..., D), base: (..., E) → base + s · B (v ⊙ f_θ(A x))."""
-        x = F.dropout(x, self.config.dropout, self.training)
-        return low_rank_delta(x, base, [self.operands()])
+    def forward(self, x: Tensor, base: Tensor | Frozen) -> Tensor:
+        """x: (..., D), base: (..., E) or the layer that makes it of x → base + s · B (v ⊙ f_θ(A x))."""
+        return _add_updates(x, base, [self.operands()], self.config.dropout if self.training else 0.0)
 
     @torch.no_grad()
     def fold_(self) -> None:
@@ -133,11 +132,20 @@ class SplitAdapter(nn.ModuleDict):
             assert isinstance(part, LowRankAdapter)
             yield part
 
-    def forward(self, x: Tensor, base: Tensor) -> Tensor:
-        """x: (..., D), base: (..., E) → base with each part's update added to the part's rows."""
+    def forward(self, x: Tensor, base: Tensor | Frozen) -> Tensor:
+        """x: (..., D), base: (..., E) or the layer that makes it → base with each part's update added to its rows."""
         branches = list(self.branches())
-        x = F.dropout(x, branches[0].config.dropout, self.training)
-        return low_rank_delta(x, base, [branch.operands() for branch in branches])
+        dropout = branches[0].config.dropout if self.training else 0.0
+        return _add_updates(x, base, [branch.operands() for branch in branches], dropout)
+
+
+def _add_updates(x: Tensor, base: Tensor | Frozen, branches: list[LowRank], dropout: float) -> Tensor:
+    """Dropout is on the way into A only, so the frozen layer then sees another x."""
+    if not dropout:
+        return low_rank_delta(x, base, branches)
+    if isinstance(base, Frozen):
+        base = F.linear(x, base.weight, base.bias)
+    return low_rank_delta(F.dropout(x, dropout), base, branches)
 
 
 Adapter = LowRankAdapter | SplitAdapter

@@ -6,19 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nolora_vision.config import MODULATIONS, NONLINEARITIES
-from nolora_vision.kernels import FORMULAS, LowRank, low_rank_delta, select_backend
-
-
-def make_branch(nonlinearity: str, modulation: str, *, d: int = 5, e: int = 6, r: int = 3) -> LowRank:
-    """Random operands in fp64, all requiring gradients."""
-
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64).requires_grad_()
-
-    theta = tuple(leaf(*make(r).shape) for make in FORMULAS[nonlinearity].theta.values())
-    v = None if modulation == "none" else leaf(r)
-    gate = (leaf(r, r), leaf(r)) if modulation == "gate" else None
-    return LowRank(leaf(r, d), leaf(e, r), v, gate, nonlinearity, theta, scale=0.7)
+from nolora_vision.kernels import FORMULAS, low_rank_delta, select_backend
+from tests.operands import make_branch
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
