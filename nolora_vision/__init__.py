@@ -30,6 +30,7 @@ from nolora_vision.adapters.switch import set_adapter as set_adapter
 from nolora_vision.config import AdapterConfig as AdapterConfig
 from nolora_vision.config import ConfigError as ConfigError
 from nolora_vision.kernels import low_rank_delta as low_rank_delta
+from nolora_vision.kernels import use_backend as use_backend
 from nolora_vision.surgery.adapter import NoLoRAConv2d as NoLoRAConv2d
 from nolora_vision.surgery.adapter import NoLoRALinear as NoLoRALinear
 from nolora_vision.surgery.groups import adapter_parameters as adapter_parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ ROOM = 2**27
 """Weights (0.5 GB in fp32) that arguments may add to an architecture: position embeddings of larger images."""
 
 
-def build_backbone(config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str) -> nn.Module:
+def build_backbone(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str, weights: Path | None = None
+) -> nn.Module:
     """The timm model that an adapter's config names, for the adapter's tensors to be put onto.
 
     Whether they fit is found out on the meta device first, where a model takes no memory; only then are the backbone's
@@ -47,6 +50,13 @@ def build_backbone(config: Mapping[str, Any], state: Mapping[str, Tensor], *, so
         )
     whole = _try_on(config, kwargs, state, source)
     name = full_name(config)
+    if not whole and weights is None and config["metadata"].get("pretrained") is False:
+        raise AdapterMismatchError(
+            f"{source} was trained on a frozen backbone of random weights, which no file holds. Pass that very model: "
+            f"from_pretrained(..., model=...)."
+        )
+    if weights is not None:
+        kwargs["pretrained_cfg_overlay"] = {"file": str(weights), "num_classes": -1}  # with whatever classifier
     try:
         return timm.create_model(name, pretrained=not whole, num_classes=config["num_classes"], **kwargs)
     except Exception as error:  # clients raise many kinds for a failed download

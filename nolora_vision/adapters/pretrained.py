@@ -34,7 +34,8 @@ def from_pretrained(
     """Backbone, adapters and head of a saved adapter as one timm model, in evaluation mode.
 
     The backbone's weights come from timm, as the adapter's config names them, unless the adapter holds every weight
-    itself. `eval_transform(model)` is the preprocessing it was evaluated with, `class_names(model)` its classes.
+    itself, or names a local file that `train.py --pretrained-path` used. `eval_transform(model)` is the preprocessing
+    it was evaluated with, `class_names(model)` its classes.
 
     Args:
         source: a directory that `save_adapter` wrote, or the id of a repository on the Hub that holds one.
@@ -62,7 +63,7 @@ def from_pretrained(
     else:
         config, state = _read(source, directory)
         if model is None:
-            model = build_backbone(config, state, source=str(source))
+            model = build_backbone(config, state, source=str(source), weights=_weights_file(source, config))
         apply_adapter(bare_model(model), config, state, source=str(source))
     if dtype is not None:
         _cast_backbone(bare_model(model), dtype)
@@ -81,6 +82,18 @@ def _read(source: str | Path, directory: Path) -> tuple[dict[str, Any], dict[str
             f"{error} These are the files of {source} on the Hub, in the cache: delete {directory.parent.parent} to "
             f"download them again. If that does not help, the repository's own files are damaged."
         ) from error
+
+
+def _weights_file(source: str | Path, config: Mapping[str, Any]) -> Path | None:
+    """The file that the backbone was trained from, if `train.py --pretrained-path` wrote it down and it is still there.
+
+    A path that came with a download is not followed.
+    """
+    said = config["metadata"].get("pretrained_path")
+    if not isinstance(said, str) or local_directory(source) is None:
+        return None
+    path = Path(said)
+    return path if path.suffix == ".safetensors" and path.is_file() else None
 
 
 def eval_transform(model: nn.Module) -> Any:

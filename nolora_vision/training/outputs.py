@@ -101,7 +101,8 @@ def save_outputs(
         metadata={
             "method": record["method"],
             "dataset": record["dataset"]["id"],
-            **{key: config[key] for key in ("pretrained", "pretrained_path")},
+            "pretrained": config["pretrained"],
+            "pretrained_path": config["pretrained_path"] and str(Path(config["pretrained_path"]).absolute()),
         },
     )
     write_atomic(folder / "summary.csv", history_csv(result.history))
@@ -140,6 +141,7 @@ def show(record: Mapping[str, Any], folder: Path) -> None:
     ]
     print_table(f"{record['method']} · {record['model']} · {record['dataset']['id']}", rows)
     print(f"{folder}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in folder.iterdir()))}")
+    print(f"Use it: nolora-vision predict {folder / 'adapter'} IMAGES…")
     print(f"Test it again: python train.py --eval-only --adapter {folder / 'adapter'} --dataset {_dataset_of(record)}")
 
 

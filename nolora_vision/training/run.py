@@ -27,6 +27,7 @@ from nolora_vision import (
     param_groups,
     read_adapter_config,
 )
+from nolora_vision.adapters.hub import find_adapter
 from nolora_vision.config import did_you_mean
 from nolora_vision.training import outputs
 from nolora_vision.training.backbone import (
@@ -247,16 +248,17 @@ def mixup_of(config: RunConfig, num_classes: int) -> Any | None:
 def run_eval_only(config: RunConfig) -> dict[str, Any]:
     """Score a saved adapter on the test split, on the model and at the image size that it was trained with."""
     assert config.adapter_dir is not None
-    saved = read_adapter_config(config.adapter_dir)
+    directory = find_adapter(config.adapter_dir if config.adapter_dir.exists() else str(config.adapter_dir))
+    saved = read_adapter_config(directory)
     data = load_config_data(config)
     if saved["num_classes"] != len(data.class_names):
         got = len(data.class_names)
         raise RunError(f"The adapter knows {saved['num_classes']} classes, {config.dataset} has {got}.")
     _refuse_lost_backbone(saved)
-    directory, config = config.adapter_dir, config.for_adapter(saved)
+    config = config.for_adapter(saved)
     model = load_adapter(build_config_model(config, saved["num_classes"]), directory)
     accelerator = make_accelerator(config.amp_dtype)
-    images = data_config(model, config.img_size, config.crop_pct or data.about.get("crop_pct"))
+    images = data_config(model, config.img_size, config.crop_pct or saved["preprocessing"].get("crop_pct"))
     batches = loader(config, images, data.test, training=False)
     scores = evaluate(*accelerator.prepare(model, batches), accelerator=accelerator)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)

@@ -118,7 +118,7 @@ class RunConfig:
     eval_only: bool = False
     """Only test a saved adapter."""
     adapter_dir: Annotated[Path | None, Short(name="adapter-dir", aliases=["--adapter"])] = None
-    """Directory of the saved adapter to test."""
+    """Directory of the saved adapter to test, or its id on the Hub."""
     traceback: bool = False
     """On an error, show the whole traceback."""
 

@@ -61,6 +61,35 @@ def test_an_adapter_scores_the_same_when_it_is_loaded(tmp_path: Path, backbone: 
     assert "The adapter knows 5 classes, digits has 10" in capsys.readouterr().err
 
 
+def test_an_adapter_of_a_run_is_rebuilt_with_its_weight_file(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also from another folder, and `predict` with it; without its random weights an adapter is worth nothing."""
+    from PIL import Image
+
+    from nolora_vision.commands.main import main as nolora_vision_command
+    from nolora_vision.training.backbone import build_model
+
+    monkeypatch.chdir(backbone.parent)
+    train(tmp_path, "--pretrained-path", backbone.name, "--crop-pct", "0.75", base=SMALL)
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "run" / "adapter"
+    model = nolora_vision.from_pretrained(directory)
+    other = build_model("test_vit", 5, pretrained_path=backbone, img_size=16, model_kwargs={"patch_size": 4})
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(x), nolora_vision.load_adapter(other, directory).eval()(x))
+    assert nolora_vision.class_names(model) == tuple("56789")
+    assert nolora_vision.preprocessing_of(model)["crop_pct"] == 0.75
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    capsys.readouterr()
+    assert nolora_vision_command(["predict", str(directory), str(tmp_path / "red.png")]) == 0
+    assert "red.png" in capsys.readouterr().out
+    train(tmp_path / "scratch", "--epochs", "1")
+    with pytest.raises(nolora_vision.AdapterMismatchError, match="trained on a frozen backbone of random weights"):
+        nolora_vision.from_pretrained(tmp_path / "scratch" / "run" / "adapter")
+
+
 def test_pretrained_path_loads_all_but_the_classifier(backbone: Path) -> None:
     from safetensors.torch import load_file
 
@@ -170,7 +199,7 @@ def test_an_adapter_of_lost_random_weights_is_refused(tmp_path: Path, capsys: py
     assert main(args) == 2
     assert "frozen backbone of random weights" in capsys.readouterr().err
     assert main(["--eval-only", "--adapter", str(tmp_path / "nothing"), "--dataset", "digits:5-9"]) == 2
-    assert "adapter_config.json does not exist" in capsys.readouterr().err
+    assert "nothing does not exist. Wanted a directory" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_run_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
