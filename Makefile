@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint survey clean
+.PHONY: help demo test lint survey bench clean
 
 help:
 	@echo "make demo    the main job on digits, without a network (about two minutes)"
 	@echo "make test    install everything into $(VENV) if needed, and run the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make survey  inject into every timm architecture (slow)"
+	@echo "make bench   time and memory of adapters against the frozen model and PEFT (slow; wants a quiet machine)"
 	@echo "make clean   remove $(VENV) and caches"
 
 $(VENV)/.installed: pyproject.toml
@@ -30,6 +31,9 @@ lint: $(VENV)/.installed
 
 survey: $(VENV)/.installed
 	$(BIN)/python -m nolora_vision.benchmark.survey
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m nolora_vision.benchmark.speed
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache dist

@@ -31,8 +31,11 @@ def low_rank_delta(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]
         return eager.low_rank_delta(x, base, branches)
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base
+    if not torch.is_grad_enabled():
+        y, _ = _forward(x, given, weight, bias, branches)
+        return y.view(*x.shape[:-1], y.shape[-1])
     operands = [t for branch in branches for t in operands_of(branch)]
-    y: Tensor = _Update.apply(x, given, weight, bias, tuple(branches), *operands)  # type: ignore[assignment]
+    y = _Update.apply(x, given, weight, bias, tuple(branches), *operands)  # type: ignore[assignment]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -59,15 +62,7 @@ class _Update(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, given: Tensor | None, *rest: Any) -> Tensor:
         """y: (M, E). The node does not keep it: blocks may write into it (`qkv += bias`)."""
         weight, bias, branches, *operands = rest
-        if given is None:
-            y = _owner(F.linear(x, weight, bias))  # under autocast, if it is on
-        else:
-            y = given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)
-        with no_autocast(x.device.type):
-            h = F.linear(x.to(y.dtype), stacked_down(branches, y.dtype))
-            z = all_rank_spaces(h, branches).to(y.dtype)
-            up = stacked_up(branches, y.shape[-1], y.dtype)
-            y.addmm_(z.reshape(-1, z.shape[-1]), up.t())
+        y, h = _forward(x, given, weight, bias, branches)
         ctx.save_for_backward(x, h, weight, *operands)
         ctx.branches = branches
         return y
@@ -86,6 +81,23 @@ class _Update(torch.autograd.Function):
                 found = _by_hand(x, h, weight, branches, dy, (wanted[0], *wanted[LEADING:]))
         d_base = dy.view(*x.shape[:-1], dy.shape[-1]) if wanted[1] else None
         return found[0], d_base, None, None, None, *found[1:]
+
+
+def _forward(
+    x: Tensor, given: Tensor | None, weight: Tensor | None, bias: Tensor | None, branches: Sequence[LowRank]
+) -> tuple[Tensor, Tensor]:
+    """(y: (M, E), h: (..., R)), y a buffer of its own; with autograd off."""
+    if given is None:
+        assert weight is not None
+        y = _owner(F.linear(x, weight, bias))  # under autocast, if it is on
+    else:
+        y = given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)
+    with no_autocast(x.device.type):
+        h = F.linear(x.to(y.dtype), stacked_down(branches, y.dtype))
+        z = all_rank_spaces(h, branches).to(y.dtype)
+        up = stacked_up(branches, y.shape[-1], y.dtype)
+        y.addmm_(z.reshape(-1, z.shape[-1]), up.t())
+    return y, h
 
 
 def _owner(y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of runs, as PNG files: learning curve, confusion matrix, comparison of methods."""
+"""Pictures of runs, as PNG files: learning curve, confusion matrix, comparison of methods, speed."""
 
 from __future__ import annotations
 
@@ -104,6 +104,38 @@ def method_comparison(path: Path, results: Sequence[Mapping[str, Any]], *, title
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def speed_ratios(path: Path, tables: Sequence[Mapping[str, Any]], *, title: str) -> bool:
+    """Time against the frozen model for each method, a panel for each table; bars are medians, whiskers quartiles.
+
+    Args:
+        tables: with part, subject, dtype and rows of name and ratio_to_frozen.
+    """
+    plt = pyplot()
+    if plt is None:
+        return False
+    lines = -(-len(tables) // 2)
+    most = max(len(table["rows"]) for table in tables)
+    figure, axes = plt.subplots(lines, 2, figsize=(11, 0.27 * most * lines + 1), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(tables) :]:
+        axis.axis("off")
+    for axis, table in zip(axes.flat, tables, strict=False):
+        rows = table["rows"][::-1]
+        ratios = [row["ratio_to_frozen"] for row in rows]
+        medians = [q["median"] for q in ratios]
+        whiskers = [[q["median"] - q["low"] for q in ratios], [q["high"] - q["median"] for q in ratios]]
+        colours = ["C0" if row["name"].startswith("ours") else "0.6" for row in rows]
+        axis.barh([row["name"] for row in rows], medians, xerr=whiskers, color=colours, ecolor="0.3")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlim(left=min(0.8, *medians) * 0.95)
+        axis.set_title(f"{table['part']}, {table['subject']}, {table['dtype']}", fontsize=10)
+        axis.tick_params(labelsize=8)
+    figure.supxlabel("time / time of the frozen model")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

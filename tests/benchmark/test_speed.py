@@ -1,0 +1,67 @@
+"""The speed benchmark: what its rows are, what they keep and how many operations they take; no clock is tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import nolora_vision
+from nolora_vision.benchmark import speed
+from nolora_vision.benchmark.methods import METHODS, OURS, PEERS, apply_method
+from nolora_vision.surgery.adapter import adapted_layers
+from tests.families import FAMILIES
+
+CPU = torch.device("cpu")
+CONFIG = nolora_vision.AdapterConfig(rank=2)
+
+
+def test_it_writes_tables_and_a_picture(tmp_path: Path, capsys) -> None:
+    speed.main(parts=("layer", "inference"), models=("test_vit",), dtypes=("float32",), rank=2, batch_size=1, rounds=5,
+               output=tmp_path / "out")  # fmt: skip
+    record = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert [table["subject"] for table in record["tables"]] == ["qkv", "fc1", "fc2", "test_vit"]
+    for table in record["tables"]:
+        rows = {row["name"]: row for row in table["rows"]}
+        assert {"frozen", *PEERS} <= rows.keys() and len(rows) == 4 + 2 * len(OURS)
+        assert rows["frozen"]["ratio_to_frozen"]["median"] == rows["peft lora"]["ratio_to_peft_lora"]["median"] == 1
+    assert (tmp_path / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "× PEFT LoRA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_sit_on_the_same_layers_and_train_what_they_name(method: str) -> None:
+    family = FAMILIES["swinv2"]
+    model = apply_method(family.build(), method, CONFIG).train()
+    plain = nolora_vision.inject(family.build(), CONFIG)
+    model(family.images(2)).square().sum().backward()
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("head" in name for name in trains)
+    if method in PEERS:
+        layers = {
+            name.rpartition(".lora_A")[0] or name.rpartition(".peanut_")[0] for name in trains if "head" not in name
+        }
+        found = {path for path in adapted_layers(plain) for layer in layers if layer.startswith(path)}
+        assert found == set(adapted_layers(plain))
+    learning = [p for n, p in model.named_parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.any() for p in learning), "a bypassed layer learns nothing"
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(ValueError, match=r"method must be one of frozen, head, .*, got 'lora'"):
+        apply_method(timm.create_model("test_vit"), "lora", CONFIG)
+
+
+def test_the_node_keeps_less_and_runs_fewer_large_operations() -> None:
+    """Of a layer of ViT-B: the input (1 × 197 × 768 fp32) is kept anyway; PEFT and eager keep more."""
+    kept = {}
+    for method, backend in (("peft lora", "eager"), ("ours swish gate", "eager"), ("ours swish gate", "autograd")):
+        job = speed._layer_job("fc2", method, backend, CONFIG, 1, CPU, "float32")
+        job.run()
+        kept[job.name] = speed.count(job)["saved_bytes"]
+    assert kept["ours swish gate, autograd"] <= 4 * 197 * (3072 + 2)  # x and h, nothing else
+    assert kept["ours swish gate, autograd"] < kept["ours swish gate, eager"]
+    assert kept["ours swish gate, autograd"] <= kept["peft lora"]
