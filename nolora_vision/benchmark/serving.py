@@ -27,7 +27,7 @@ def main(
     adapters: int = 100,
     rank: int = 8,
     batch_size: int = 8,
-    repeats: int = 15,
+    repeats: int = 9,
     output: Path | None = None,
 ) -> None:
     """Measure adding, swapping and mixing adapters on a timm model of random weights.
