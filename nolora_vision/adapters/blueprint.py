@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from nolora_vision.adapters.checkpoint import apply_adapter
 from nolora_vision.adapters.model_kwargs import plain_kwargs
 from nolora_vision.surgery.wrappers import bare_state
 
+NEEDS_VALUES = re.compile(r"item\(\) cannot be called on meta|Cannot copy out of meta tensor")
+"""What many models of timm 1.0.20 say on the meta device: they are tried out in memory instead."""
 MOST_TENSORS = 5_000
 """Parameters of a model, as objects; mvitv2_huge_cls, the deepest of timm 1.0.31, has 1,853."""
 ROOM = 2**27
@@ -76,10 +79,10 @@ def build_backbone(
 def _try_on(config: Mapping[str, Any], kwargs: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> bool:
     """Put the adapter onto a model without memory; whether it brings every weight of it."""
     name, classes = full_name(config), config["num_classes"]
-    model = _on_meta(name, classes, kwargs, source)
+    model = _untrained(name, classes, kwargs, source)
     own = bare_state(model)
     size, room = _size(model), ROOM + sum(t.numel() for t in state.values())
-    if size > room and size > room + (usual := _size(_on_meta(name, None, {}, source))):
+    if size > room and size > room + (usual := _size(_untrained(name, None, {}, source))):
         raise CorruptAdapterError(
             f"{source} describes a model of {size:,} numbers, with {dict(kwargs)} and {classes} classes, where {name} "
             f"has {usual:,}. If that is right, build it yourself: from_pretrained(..., model=timm.create_model(...))."
@@ -88,15 +91,19 @@ def _try_on(config: Mapping[str, Any], kwargs: Mapping[str, Any], state: Mapping
     return own.keys() <= state.keys()
 
 
-def _on_meta(name: str, num_classes: int | None, kwargs: Mapping[str, Any], source: str) -> nn.Module:
+def _untrained(
+    name: str, num_classes: int | None, kwargs: Mapping[str, Any], source: str, device: str = "meta"
+) -> nn.Module:
     import timm
 
     try:
-        with torch.device("meta"), _few_tensors():
+        with torch.device(device), _few_tensors():
             return timm.create_model(name, num_classes=num_classes, **kwargs)
     except CheckpointError:
         raise
     except Exception as error:  # whatever timm's models do with senseless arguments
+        if device == "meta" and NEEDS_VALUES.search(str(error)):
+            return _untrained(name, num_classes, kwargs, source, device="cpu")
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
         if "Invalid pretrained tag" in reason:
             raise AdapterMismatchError(

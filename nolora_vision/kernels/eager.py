@@ -242,11 +242,14 @@ def _spread(up: Tensor, rows: tuple[tuple[int, int], ...] | None, out_features: 
     return torch.cat([*pieces, up.new_zeros(out_features - end, up.shape[1])])
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device; the meta device has none, and asking would raise."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Turn autocast off where it is on: the dtypes here are chosen, and the gate must stay in fp32."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 
 
 def kaiming_uniform_down(down: Tensor) -> Tensor:

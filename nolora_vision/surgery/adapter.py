@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nolora_vision.config import AdapterConfig
 from nolora_vision.kernels import Frozen
+from nolora_vision.kernels.eager import autocasts
 from nolora_vision.surgery.low_rank_adapter import Adapter, make_adapter
 
 Update = Callable[[Tensor, Tensor], Tensor]
@@ -154,6 +155,6 @@ def adapted_layers(model: nn.Module) -> dict[str, NoLoRALinear | NoLoRAConv2d]:
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast x as autocast would inside the frozen layer, so that layer and adapter share one cast instead of two."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if autocasts(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
