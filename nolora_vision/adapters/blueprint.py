@@ -40,6 +40,9 @@ def build_backbone(
     Whether they fit is found out on the meta device first, where a model takes no memory; only then are the backbone's
     weights downloaded. They are not where the adapter holds every weight itself.
 
+    Args:
+        weights: a safetensors file to take the backbone's weights from instead of timm's.
+
     Raises:
         CheckpointError: if timm does not have it, or cannot load its weights, or the adapter does not fit.
     """

@@ -22,7 +22,7 @@ from nolora_vision.adapters.description import INFO, describe, refuse_other_weig
 from nolora_vision.adapters.peft_format import is_peft, read_peft, write_peft
 from nolora_vision.config import AdapterConfig, ConfigError
 from nolora_vision.surgery.groups import parameter_kind
-from nolora_vision.surgery.inject import batches_tracked, eject, inject, injection_of, is_injected
+from nolora_vision.surgery.inject import batches_tracked, inject, injection_of, is_injected, withdraw
 from nolora_vision.surgery.plan import InjectionError
 from nolora_vision.surgery.sites import classifier_paths, inside
 from nolora_vision.surgery.wrappers import bare_model, bare_name, bare_state
@@ -138,7 +138,7 @@ def apply_adapter(
         _refuse_other_tensors(model, state, source, head=head)
     except CheckpointError:
         if fresh and adapter is not None:
-            eject(model)
+            withdraw(model)
         raise
     own = bare_state(model)
     with torch.no_grad():
@@ -166,10 +166,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _saved(t: Tensor, dtype: str | None) -> Tensor:
-    t = t.detach().cpu().contiguous() if not isinstance(t, nn.Parameter) or dtype is None else t.detach().cpu()
-    if dtype is not None and t.is_floating_point():
-        t = t.to(DTYPES[dtype])
-    return t.contiguous()
+    """On the CPU; statistics of BatchNorms keep their type, as a rounded variance would not be what evaluation used."""
+    kept = dtype is None or not isinstance(t, nn.Parameter)
+    return t.detach().to("cpu", None if kept else DTYPES[dtype]).contiguous()
 
 
 def _refuse_wrong_names(config: Mapping[str, Any]) -> None:
@@ -187,7 +186,7 @@ def _refuse_other_model(model: nn.Module, config: Mapping[str, Any], *, head: bo
             continue
         tag = f".{config['pretrained_tag']}" if config["pretrained_tag"] else ""
         instead = {
-            "num_classes": " Or take the adapters without their head: head=False.",
+            "num_classes": " Or take the adapters without their head: load_adapter(..., head=False).",
             "pretrained_tag": " Or accept this one with check_backbone=False.",
         }
         raise AdapterMismatchError(

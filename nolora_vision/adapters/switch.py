@@ -59,7 +59,7 @@ def add_adapter(model: nn.Module, name: str, source: str | Path, *, revision: st
     _keep_statistics(bare, shelf, state)
     try:
         with torch.random.fork_rng(devices=[]):  # initial values are replaced, and should not move the caller's seed
-            wear(bare, shelf, replace(shelf.bare, heads=_freshheads(bare, config["num_classes"])))
+            wear(bare, shelf, replace(shelf.bare, heads=_fresh_heads(bare, config["num_classes"])))
             bare.num_classes = config["num_classes"]
             apply_adapter(bare, config, state, source=str(source))
             added = _taken_off(bare, shelf, statistics={n: t.clone() for n, t in state.items() if n in _buffers(bare)})
@@ -157,7 +157,7 @@ def _taken_off(bare: nn.Module, shelf: Shelf, statistics: dict[str, Tensor]) -> 
     )
 
 
-def _freshheads(bare: nn.Module, num_classes: int | None) -> dict[str, nn.Module]:
+def _fresh_heads(bare: nn.Module, num_classes: int | None) -> dict[str, nn.Module]:
     """New classifier modules for so many classes; the model keeps its own."""
     heads, own = heads_of(bare), getattr(bare, "num_classes", None)
     if num_classes == own:

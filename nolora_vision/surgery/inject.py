@@ -86,6 +86,21 @@ def inject(
 def eject(model: Model) -> Model:
     """Take the adapters out again: the original module objects, timm's flags and requires_grad as before `inject`.
 
+    Adapters that were added by name go with them, the set one and the others.
+
+    Raises:
+        InjectionError: if the model has no adapters.
+    """
+    withdraw(model)
+    if hasattr(model, SHELF):
+        getattr(model, SHELF).close()
+        delattr(model, SHELF)
+    return model
+
+
+def withdraw(model: nn.Module) -> None:
+    """Undo the last injection alone; adapters that wait under other names stay.
+
     Raises:
         InjectionError: if the model has no adapters.
     """
@@ -94,10 +109,6 @@ def eject(model: Model) -> Model:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(name, parameter.requires_grad))
     delattr(model, RECORD)
-    if hasattr(model, SHELF):
-        getattr(model, SHELF).close()
-        delattr(model, SHELF)
-    return model
 
 
 @contextmanager

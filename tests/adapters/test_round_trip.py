@@ -33,6 +33,10 @@ def test_every_family(family, dtype: torch.dtype, tmp_path: Path) -> None:
     model.eval()
     x = family.images(2).to(dtype)
     save_adapter(model, tmp_path / "a")
+    half = load_file(save_adapter(model, tmp_path / "half", dtype="bfloat16") / "adapter_model.safetensors")
+    for name, t in load_file(tmp_path / "a" / "adapter_model.safetensors").items():
+        statistic = "running_" in name or "num_batches" in name
+        assert half[name].dtype == (t.dtype if statistic else torch.bfloat16)
     with torch.no_grad():
         expected, other = model(x), load_adapter(copy.deepcopy(bare).eval(), tmp_path / "a")
         assert torch.equal(other(x), expected)
@@ -118,7 +122,7 @@ def test_the_head_can_stay(tmp_path: Path) -> None:
     other = copy.deepcopy(bare)
     other.reset_classifier(4)
     head = other.head.weight.clone()
-    with pytest.raises(nolora_vision.AdapterMismatchError, match="take the adapters without their head: head=False"):
+    with pytest.raises(nolora_vision.AdapterMismatchError, match=r"head: load_adapter\(\.\.\., head=False\)"):
         load_adapter(other, tmp_path / "a")
     load_adapter(other, tmp_path / "a", head=False)
     x = torch.randn(1, 3, 160, 160)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nolora_vision
@@ -358,16 +361,27 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(saved, tmp_path: Path, oth
     foreign = save_adapter(nolora_vision.inject(timm.create_model("test_vit2", num_classes=7)), tmp_path / "foreign")
     torch.manual_seed(77)
     backbone = save_adapter(nolora_vision.inject(timm.create_model("test_vit", num_classes=7)), tmp_path / "other")
+    short = save_adapter(nolora_vision.inject(base(), rank=2), tmp_path / "short")  # found out after the injection
+    state = load_file(short / "adapter_model.safetensors")
+    state.pop("blocks.0.mlp.fc1.adapter.lora_A")
+    save_file(state, short / "adapter_model.safetensors")
+    config = nolora_vision.read_adapter_config(tmp_path / "short")
+    digest = sha256((short / "adapter_model.safetensors").read_bytes()).hexdigest()
+    config |= {"tensors": len(state), "weights_sha256": digest}
+    config.pop("sha256")
+    (short / "adapter_config.json").write_text(json.dumps(config))
     before, random = state_of(model), torch.get_rng_state()
     for directory, message in (
         (full, "holds weights of the backbone itself"),
         (foreign, "architecture 'test_vit2', this model has 'test_vit'"),
         (backbone, "frozen weights of this model are not those that the adapter was trained on"),
         (tmp_path / "absent", "absent does not exist"),
+        (short, r"1 missing: blocks\.0\.mlp\.fc1\.adapter\.lora_A"),
     ):
         with pytest.raises(nolora_vision.CheckpointError, match=message):
             add_adapter(model, "new", directory)
         assert same(state_of(model), before) and torch.equal(torch.get_rng_state(), random)
+    assert nolora_vision.adapter_names(model) == (tuple(saved) if others else ())
 
 
 def test_names_are_checked(saved) -> None:
