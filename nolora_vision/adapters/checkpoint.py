@@ -167,8 +167,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _saved(t: Tensor, dtype: str | None) -> Tensor:
     """On the CPU; statistics of BatchNorms keep their type, as a rounded variance would not be what evaluation used."""
-    kept = dtype is None or not isinstance(t, nn.Parameter)
-    return t.detach().to("cpu", None if kept else DTYPES[dtype]).contiguous()
+    wanted = DTYPES[dtype] if dtype is not None and isinstance(t, nn.Parameter) else t.dtype
+    return t.detach().to("cpu", wanted).contiguous()
 
 
 def _refuse_wrong_names(config: Mapping[str, Any]) -> None:
