@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose
 
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.image_cache import ImageCache
 from nolora_vision.training.sources import Table, load_tables
 
 SPLIT_SEED = 0
@@ -111,17 +116,37 @@ def subset(split: Split, most: int | None, seed: int) -> Split:
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """A split with a transform: index → image (C, H, W) and class."""
+    """A split with a transform: index → image (C, H, W) and class.
 
-    def __init__(self, split: Split, transform: Any) -> None:
-        self.split, self.transform = split, transform
+    With a cache the numbers that come out are the same, bit for bit: before augmentation whole decoded images are kept
+    and never smaller ones, and for evaluation, where nothing is random, the images as they are before normalisation.
+
+    Args:
+        before: what happens to an image before it is kept.
+        after: what happens to it each time.
+    """
+
+    def __init__(self, split: Split, before: Any, after: Any, cache: ImageCache | None = None) -> None:
+        self.split, self.before, self.after, self.cache = split, before, after, cache
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = int(self.split.rows[index])
-        return self.transform(self.split.table.image(row)), int(self.split.table.labels[row])
+
+        def make() -> Image.Image:
+            return self.before(self.split.table.image(row))
+
+        image = make() if self.cache is None else self.cache.image(index, make)
+        return self.after(image), int(self.split.table.labels[row])
+
+
+def fixed_and_random(transform: Any, *, training: bool) -> tuple[Compose, Compose]:
+    """A timm transform in two: what an image may be kept after, and what remains; one after the other they are it."""
+    steps = transform.transforms
+    cut = 0 if training else next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+    return Compose(steps[:cut]), Compose(steps[cut:])
 
 
 def make_loader(
@@ -133,17 +158,21 @@ def make_loader(
     workers: int = 0,
     seed: int = 0,
     augmentation: Mapping[str, Any] | None = None,
+    cache_bytes: int = 0,
 ) -> DataLoader[Any]:
     """Batches of a split under timm's transform for the model.
 
     Args:
         data_config: of `timm.data.resolve_model_data_config`: input_size, mean, std, interpolation, crop_pct.
         augmentation: further arguments of `timm.data.create_transform`, for training.
+        cache_bytes: of images to keep decoded at most, for all workers together; see `TransformedImages`.
     """
     kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
     transform = create_transform(**kept, is_training=training, **(augmentation or {}))
+    capacity = int(min(cache_bytes, cache_need(split, kept["input_size"], training=training)))
+    cache = ImageCache(len(split), capacity) if capacity else None
     return DataLoader(
-        TransformedImages(split, transform),
+        TransformedImages(split, *fixed_and_random(transform, training=training), cache),
         batch_size=batch_size,
         shuffle=training,
         drop_last=training and len(split) > batch_size,
@@ -153,6 +182,14 @@ def make_loader(
         worker_init_fn=_seed_worker,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def cache_need(split: Split, input_size: Sequence[int], *, training: bool) -> float:
+    """Bytes that keeping a whole split takes: not known for images of any size, 0 where they are in memory already."""
+    if training:
+        return 0 if split.table.in_memory else math.inf
+    _, height, width = input_size
+    return len(split) * 3 * height * width
 
 
 def _seed_worker(worker: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -113,6 +113,7 @@ def make_accelerator(
         log_with=None if report_to == "none" else report_to,
         project_dir=None if folder is None else str(folder),
         step_scheduler_with_optimizer=False,
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),  # the batches are pinned
     )
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import Mixup, create_transform
+from timm.data import create_transform
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -32,13 +31,12 @@ from nolora_vision.config import did_you_mean
 from nolora_vision.training import outputs
 from nolora_vision.training.backbone import (
     apply_method,
-    build_model,
     data_config,
     full_name,
     refuse_wrong_size,
     training_mode,
 )
-from nolora_vision.training.data import ImageData, Split, load_data, make_loader
+from nolora_vision.training.data import ImageData
 from nolora_vision.training.engine import (
     Evaluation,
     Fit,
@@ -53,6 +51,14 @@ from nolora_vision.training.engine import (
     seed_everything,
 )
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.ingredients import (
+    build_config_model,
+    fit_loaders,
+    load_config_data,
+    loader,
+    make_scheduler,
+    mixup_of,
+)
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
 from nolora_vision.training.run_config import RunConfig, as_plain, parse_run_config
 
@@ -125,34 +131,6 @@ def refuse_unusable(config: RunConfig) -> None:
             raise RunError(f"--{field} {getattr(config, field)}: {str(error).rstrip('.')}.{hint}") from error
 
 
-def load_config_data(config: RunConfig) -> ImageData:
-    """The dataset that the config names, split."""
-    return load_data(
-        config.dataset,
-        seed=config.seed,
-        val_split=config.val_split,
-        max_train_samples=config.max_train_samples,
-        max_eval_samples=config.max_eval_samples,
-        image_key=config.image_key,
-        label_key=config.label_key,
-        revision=config.revision,
-    )
-
-
-def build_config_model(config: RunConfig, num_classes: int) -> nn.Module:
-    """The timm model that the config names, with a fresh classifier."""
-    return build_model(
-        config.model,
-        num_classes,
-        pretrained=config.pretrained,
-        pretrained_path=config.pretrained_path,
-        img_size=config.img_size,
-        drop_path=config.drop_path,
-        grad_checkpointing=config.grad_checkpointing,
-        model_kwargs=config.model_kwargs,
-    )
-
-
 def train_and_test(
     config: RunConfig,
     data: ImageData,
@@ -173,7 +151,7 @@ def train_and_test(
         accelerator.init_trackers("nolora-vision", config={"config": json.dumps(as_plain(asdict(config)))})
     groups = param_groups(model, lr=config.lr or 0.0, head_lr=config.head_lr, weight_decay=config.weight_decay)
     optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
-    train, val = (loader(config, images, split, training=split is data.train) for split in (data.train, data.val))
+    train, val = fit_loaders(config, images, data)
     scheduler = make_scheduler(config, optimizer, batches=len(train) // accelerator.num_processes)
     ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
     runnable = torch.compile(model) if config.torchcompile else model
@@ -201,48 +179,6 @@ def train_and_test(
     accelerator.log({"test_top1_percent": scores.top1_percent}, step=config.epochs)
     accelerator.end_training()
     return result, scores
-
-
-def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, *, batches: int) -> Any:
-    """timm's schedule over optimizer steps.
-
-    Args:
-        batches: per epoch and process.
-    """
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
-        warmup_lr=0.0,
-        min_lr=config.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=max(1, -(-batches // config.grad_accum_steps)),
-    )
-    return scheduler
-
-
-def loader(config: RunConfig, images: Mapping[str, Any], split: Split, *, training: bool) -> Any:
-    """Batches of one split, as the model wants its images."""
-    augmentation = {"scale": config.scale, "hflip": config.hflip, "auto_augment": config.aa, "re_prob": config.reprob}
-    return make_loader(
-        split,
-        images,
-        batch_size=config.batch_size,
-        training=training,
-        workers=config.workers,
-        seed=config.seed,
-        augmentation={**augmentation, "color_jitter": None} if training else None,
-    )
-
-
-def mixup_of(config: RunConfig, num_classes: int) -> Any | None:
-    """timm's Mixup and CutMix, or None where both are off."""
-    if not config.mixup and not config.cutmix:
-        return None
-    return Mixup(
-        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes
-    )
 
 
 def run_eval_only(config: RunConfig) -> dict[str, Any]:

@@ -106,6 +106,9 @@ class RunConfig:
     """Recompute activations in the backward pass, for less memory."""
     workers: Annotated[int, Short(aliases=["-j"])] = 2
     """Processes that load images; 0 loads in the main one."""
+    cache_images: Literal["auto", "none"] | int = "auto"
+    """Keep decoded images in memory for later epochs: none, at most so many MiB in each process, or auto, at most a
+    quarter of the memory that is free. The batches are the same."""
     seed: int = 0
     """Of initialisation, order, augmentation and subsets."""
 
@@ -186,6 +189,8 @@ def _range_problems(config: RunConfig) -> Iterable[str]:
         value = getattr(config, name)
         if not 0 <= value <= 1:
             yield f"{name} must be between 0 and 1, got {value}."
+    if isinstance(config.cache_images, int) and config.cache_images < 1:
+        yield f"cache_images must be auto, none or at least 1 MiB, got {config.cache_images}."
     if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
         yield f"crop_pct must be in (0, 1], got {config.crop_pct}."
     for value in config.scale:

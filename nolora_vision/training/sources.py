@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Table:
-    """Images and labels of one split; an image is decoded when it is asked for."""
+    """Images and labels of one split; an image is decoded when it is asked for. It can be pickled, for workers."""
 
     image: Callable[[int], Image.Image]
     labels: Sequence[int]
     class_names: tuple[str, ...]
+    in_memory: bool = False
+    """Whether all images are decoded already."""
 
 
 def load_tables(
@@ -105,7 +108,7 @@ def digits(classes: str = "0-9") -> tuple[dict[str, Table], dict[str, Any]]:
 
     def table(indices: list[int]) -> Table:
         images = [Image.fromarray(pixels[i]).convert("RGB") for i in indices]
-        return Table(images.__getitem__, [int(bunch.target[i]) - first for i in indices], names)
+        return Table(images.__getitem__, [int(bunch.target[i]) - first for i in indices], names, in_memory=True)
 
     name = "digits" if classes == "0-9" else f"digits:{classes}"
     return {split: table(indices) for split, indices in rows.items()}, {"id": name, "source": "scikit-learn"}
@@ -179,18 +182,19 @@ def _image_folder(path: Path) -> dict[str, Table]:
                 f"its folders train, val and test ({error})."
             ) from error
         files = [file for file, _ in found.samples]
-        tables[split] = Table(_opener(files), [label for _, label in found.samples], tuple(found.classes))
+        tables[split] = Table(partial(_read_file, files), [label for _, label in found.samples], tuple(found.classes))
     return tables
 
 
-def _opener(files: Sequence[str]) -> Callable[[int], Image.Image]:
-    def image(i: int) -> Image.Image:
-        try:
-            return read_image(files[i])
-        except UnreadableImageError as error:
-            raise RunError(f"The image {files[i]} cannot be read: {error}. Mend it or take it out.") from error
+def _read_file(files: Sequence[str], i: int) -> Image.Image:
+    try:
+        return read_image(files[i])
+    except UnreadableImageError as error:
+        raise RunError(f"The image {files[i]} cannot be read: {error}. Mend it or take it out.") from error
 
-    return image
+
+def _read_row(rows: Any, image_key: str, i: int) -> Image.Image:
+    return as_rgb(rows[i][image_key])
 
 
 def _tables_of(splits: Mapping[str, Any], image_key: str | None, label_key: str | None, where: str) -> dict[str, Table]:
@@ -214,7 +218,7 @@ def _table(rows: Any, image_key: str, label_key: str, names: tuple[str, ...]) ->
     values = list(values)
     ids = {name: i for i, name in enumerate(names)}
     labels = [ids[str(value)] if not isinstance(value, int) else value for value in values]
-    return Table(lambda i: as_rgb(rows[i][image_key]), labels, names)
+    return Table(partial(_read_row, rows, image_key), labels, names)
 
 
 def _class_names(splits: Mapping[str, Any], label_key: str) -> tuple[str, ...]:

@@ -1,0 +1,99 @@
+"""From a RunConfig to what a run is made of: data, model, loaders, schedule, mixup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from nolora_vision.training.backbone import build_model
+from nolora_vision.training.data import ImageData, Split, cache_need, load_data, make_loader
+from nolora_vision.training.image_cache import cache_budget
+from nolora_vision.training.run_config import RunConfig
+
+
+def load_config_data(config: RunConfig) -> ImageData:
+    """The dataset that the config names, split."""
+    return load_data(
+        config.dataset,
+        seed=config.seed,
+        val_split=config.val_split,
+        max_train_samples=config.max_train_samples,
+        max_eval_samples=config.max_eval_samples,
+        image_key=config.image_key,
+        label_key=config.label_key,
+        revision=config.revision,
+    )
+
+
+def build_config_model(config: RunConfig, num_classes: int) -> nn.Module:
+    """The timm model that the config names, with a fresh classifier."""
+    return build_model(
+        config.model,
+        num_classes,
+        pretrained=config.pretrained,
+        pretrained_path=config.pretrained_path,
+        img_size=config.img_size,
+        drop_path=config.drop_path,
+        grad_checkpointing=config.grad_checkpointing,
+        model_kwargs=config.model_kwargs,
+    )
+
+
+def loader(config: RunConfig, images: Mapping[str, Any], split: Split, *, training: bool, cache_bytes: int = 0) -> Any:
+    """Batches of one split, as the model wants its images."""
+    augmentation = {"scale": config.scale, "hflip": config.hflip, "auto_augment": config.aa, "re_prob": config.reprob}
+    return make_loader(
+        split,
+        images,
+        batch_size=config.batch_size,
+        training=training,
+        workers=config.workers,
+        seed=config.seed,
+        augmentation={**augmentation, "color_jitter": None} if training else None,
+        cache_bytes=cache_bytes,
+    )
+
+
+def fit_loaders(config: RunConfig, images: Mapping[str, Any], data: ImageData) -> tuple[Any, Any]:
+    """Batches to train on and to validate on; what several epochs look at is kept decoded, as far as there is room.
+
+    Args:
+        images: the preprocessing, from `data_config`.
+    """
+    budget = cache_budget(config.cache_images) if config.epochs > 1 else 0
+    for_val = int(min(budget // 2, cache_need(data.val, images["input_size"], training=False)))
+    train = loader(config, images, data.train, training=True, cache_bytes=budget - for_val)
+    return train, loader(config, images, data.val, training=False, cache_bytes=for_val)
+
+
+def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, *, batches: int) -> Any:
+    """timm's schedule over optimizer steps.
+
+    Args:
+        batches: per epoch and process.
+    """
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
+        warmup_lr=0.0,
+        min_lr=config.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=max(1, -(-batches // config.grad_accum_steps)),
+    )
+    return scheduler
+
+
+def mixup_of(config: RunConfig, num_classes: int) -> Any | None:
+    """timm's Mixup and CutMix, or None where both are off."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes
+    )
