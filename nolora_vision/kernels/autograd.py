@@ -1,58 +1,65 @@
-"""The same as one autograd node: it saves x and A x only, and makes no copy of the base output.
+"""The same as one autograd node: it makes no copy of the base output, and keeps A x and, at most, x.
 
-The rank space (M × R numbers) is computed again in the backward pass by the definition in `eager`, so that there is one
-formula for each f; what costs time, the passes over M × D and M × E numbers, is done here by hand and in place.
+What costs time, the passes over M × D and M × E numbers, is done by hand and in place, in three stages: x to the rank
+space, dy through it, and its gradients to A and x. Where x is what a norm or an activation made of something that is
+kept anyway, x is made again (`origin.py`).
 Shapes: `...` any leading dimensions, M their product, `D` in_features, `E` out_features, `R` rank of all branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from nolora_vision.kernels import eager
-from nolora_vision.kernels.eager import Frozen, LowRank, all_rank_spaces, no_autocast, stacked_down, stacked_up
+from nolora_vision.kernels import eager, torch_stages
+from nolora_vision.kernels.eager import (
+    Frozen,
+    LowRank,
+    no_autocast,
+    operands_of,
+    stacked_down,
+    stacked_up,
+    with_operands,
+)
+from nolora_vision.kernels.origin import Origin, origin_of
+from nolora_vision.kernels.products import affine
 
-LEADING = 5
-"""Arguments of the node before the operands of the branches: x, base, W, b, and the branches."""
+LEADING = 7
+"""Arguments of the node before the operands of the branches: x, base, W, b, branches, origin and stages."""
 
 
-def low_rank_delta(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> Tensor:
+def low_rank_delta(
+    x: Tensor,
+    base: Tensor | Frozen,
+    branches: Sequence[LowRank],
+    *,
+    save_input: bool = False,
+    stages: ModuleType = torch_stages,
+) -> Tensor:
     """As `eager.low_rank_delta`, with less memory and fewer passes over large tensors.
 
     Inside `torch.func` transforms and while `torch.compile` traces, the definition itself runs: the first need a rule
     for every operation, and the second makes nodes of its own.
+
+    Args:
+        save_input: keep x even where it could be made again.
+        stages: what computes the three stages.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return eager.low_rank_delta(x, base, branches)
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base
-    if not torch.is_grad_enabled():
-        y, _ = _forward(x, given, weight, bias, branches)
-        return y.view(*x.shape[:-1], y.shape[-1])
-    operands = [t for branch in branches for t in operands_of(branch)]
-    y = _Update.apply(x, given, weight, bias, tuple(branches), *operands)  # type: ignore[assignment]
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def operands_of(branch: LowRank) -> list[Tensor]:
-    """A, B, then v, G, c and θ as far as there are any."""
-    return [branch.down, branch.up, *_small(branch)]
-
-
-def with_operands(branch: LowRank, operands: Iterator[Tensor]) -> LowRank:
-    """The same branch on the next of these tensors, in the order of `operands_of`."""
-    return branch._replace(
-        down=next(operands),
-        up=next(operands),
-        v=None if branch.v is None else next(operands),
-        gate=None if branch.gate is None else (next(operands), next(operands)),
-        theta=tuple(next(operands) for _ in branch.theta),
-    )
+    if torch.is_grad_enabled():
+        origin = None if save_input else origin_of(x)
+        operands = [t for branch in branches for t in operands_of(branch)]
+        y = _Update.apply(x, given, weight, bias, tuple(branches), origin, stages, *operands)
+    else:
+        y, _ = _forward(x, given, weight, bias, branches, stages)
+    return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 
 class _Update(torch.autograd.Function):
@@ -61,68 +68,124 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, given: Tensor | None, *rest: Any) -> Tensor:
         """y: (M, E). The node does not keep it: blocks may write into it (`qkv += bias`)."""
-        weight, bias, branches, *operands = rest
-        y, h = _forward(x, given, weight, bias, branches)
-        ctx.save_for_backward(x, h, weight, *operands)
-        ctx.branches = branches
+        weight, bias, branches, origin, stages, *operands = rest
+        y, h = _forward(x, given, weight, bias, branches, stages)
+        kept = (x,) if origin is None else origin.tensors
+        ctx.save_for_backward(h, weight, *operands, *kept)
+        ctx.branches, ctx.origin, ctx.stages = branches, origin, stages
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of x, the given base and every operand, as far as they are asked for."""
-        x, h, weight, *operands = ctx.saved_tensors
-        source = iter(operands)
+        h, weight, *saved = ctx.saved_tensors
+        source = iter(saved)
         branches = [with_operands(branch, source) for branch in ctx.branches]
+        kept = _Input(tuple(source), ctx.origin, ctx.shape, ctx.dtype)
         wanted = ctx.needs_input_grad
+        asked = (wanted[0], *wanted[LEADING:])
         if torch.is_grad_enabled():  # a second derivative is wanted: by the definition, which autograd can follow
-            found = _through_the_definition(x, weight, branches, dy, (wanted[0], *wanted[LEADING:]))
+            found = _through_the_definition(kept.x(), weight, branches, dy, asked)
         else:
             with no_autocast(dy.device.type):
-                found = _by_hand(x, h, weight, branches, dy, (wanted[0], *wanted[LEADING:]))
-        d_base = dy.view(*x.shape[:-1], dy.shape[-1]) if wanted[1] else None
-        return found[0], d_base, None, None, None, *found[1:]
+                found = _by_hand(kept, h, weight, branches, dy, asked, ctx.stages)
+        d_base = dy.view(*ctx.shape[:-1], dy.shape[-1]) if wanted[1] else None
+        return found[0], d_base, *[None] * (LEADING - 2), *found[1:]
+
+
+class _Input:
+    """The layer's input as the node knows it in the backward pass: kept, or to be made again."""
+
+    def __init__(self, tensors: Sequence[Tensor], origin: Origin | None, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.tensors, self.origin, self.shape, self.dtype = tensors, origin, shape, dtype
+
+    def x(self) -> Tensor:
+        """x: (..., D)."""
+        return self.tensors[0] if self.origin is None else self.origin.x(self.tensors, self.dtype)
+
+    def down_gradient(self, dh: Tensor, dtype: torch.dtype, stages: ModuleType) -> Tensor:
+        """dA = dhᵀ x: (R, D) for dh: (M, R).
+
+        x is not made again if it is w ⊙ (u − μ) ρ + b, the output of a LayerNorm: with g = ρ dh,
+        dA = w ⊙ (gᵀ u − gᵀ μ) + (dhᵀ 1) b.
+        """
+        if self.origin is None or not self.origin.is_layer_norm or dh.dtype == torch.float64:
+            return stages.down_gradient(self.x().to(dtype).reshape(-1, self.shape[-1]), dh)
+        u, mean, rstd, weight, bias = self.tensors
+        u, mean, rstd = u.reshape(-1, self.shape[-1]), mean.reshape(-1, 1), rstd.reshape(-1, 1)
+        g = dh.to(rstd.dtype) * rstd
+        centred = stages.down_gradient(u, g) - g.t() @ mean.to(g.dtype)
+        return torch.addcmul(torch.outer(dh.sum(0), bias.to(dh.dtype)), centred.to(dh.dtype), weight.to(dh.dtype))
 
 
 def _forward(
-    x: Tensor, given: Tensor | None, weight: Tensor | None, bias: Tensor | None, branches: Sequence[LowRank]
+    x: Tensor,
+    given: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    branches: Sequence[LowRank],
+    stages: ModuleType,
 ) -> tuple[Tensor, Tensor]:
-    """(y: (M, E), h: (..., R)), y a buffer of its own; with autograd off."""
+    """(y: (M, E), h: (M, R)), y a buffer of its own; with autograd off."""
+    flat = x.reshape(-1, x.shape[-1])
     if given is None:
         assert weight is not None
-        y = _owner(F.linear(x, weight, bias))  # under autocast, if it is on
+        dtype = _product_type(flat, weight)
+        with no_autocast(x.device.type):
+            y = affine(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
         y = given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)
     with no_autocast(x.device.type):
-        h = F.linear(x.to(y.dtype), stacked_down(branches, y.dtype))
-        z = all_rank_spaces(h, branches).to(y.dtype)
-        up = stacked_up(branches, y.shape[-1], y.dtype)
-        y.addmm_(z.reshape(-1, z.shape[-1]), up.t())
+        h, z = stages.rank_features(flat.to(y.dtype), branches, y.dtype, _rows_per_sample(x.shape))
+        y.addmm_(z, stacked_up(branches, y.shape[-1], y.dtype).t().contiguous())
     return y, h
 
 
-def _owner(y: Tensor) -> Tensor:
-    """A fresh (..., E) as (M, E) that is no view: only such an output of a node may be written into afterwards."""
-    owner = y._base if y._is_view() else y
-    flat = y.shape[:-1].numel(), y.shape[-1]
-    return owner if owner is not None and owner.shape == flat and owner.is_contiguous() else y.reshape(flat).clone()
+def _product_type(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The type of W x: autocast's where it is on, else x's own, which W must share.
+
+    Raises:
+        RuntimeError: if they differ, as `F.linear` would.
+    """
+    kind = x.device.type
+    if eager.autocasts(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    if x.dtype != weight.dtype:
+        raise RuntimeError(
+            f"The input is {x.dtype}, but the frozen weight is {weight.dtype}. Cast one of them, or use autocast."
+        )
+    return x.dtype
+
+
+def _rows_per_sample(shape: torch.Size) -> int:
+    return shape[1:-1].numel() if len(shape) > 1 else 1
 
 
 def _by_hand(
-    x: Tensor, h: Tensor, weight: Tensor | None, branches: Sequence[LowRank], dy: Tensor, wanted: Sequence[bool]
+    kept: _Input,
+    h: Tensor,
+    weight: Tensor | None,
+    branches: Sequence[LowRank],
+    dy: Tensor,
+    wanted: Sequence[bool],
+    stages: ModuleType,
 ) -> list[Tensor | None]:
     """Gradients of x and of the operands, `wanted` in this order; each large tensor is read once for each product."""
-    dtype = dy.dtype
-    dz = (dy @ stacked_up(branches, dy.shape[-1], dtype)).view(h.shape)
-    z, dh, d_small = _rank_space_gradients(h, branches, dz)
-    dh2 = dh.reshape(-1, dh.shape[-1])
+    dtype, shape = dy.dtype, kept.shape
+    up = stacked_up(branches, dy.shape[-1], dtype)
+    rows = _rows_per_sample(shape)
+    dh, d_up, d_small = stages.rank_gradients(dy, h, branches, up, rows, trains=any(wanted[1:]))
     found: list[Tensor | None] = [None]
     if wanted[0]:
         down = stacked_down(branches, dtype)
-        dx = dh2 @ down if weight is None else (dy @ weight.to(dtype)).addmm_(dh2, down)
-        found[0] = dx.view(x.shape).to(x.dtype)
-    if any(wanted[1:]):
-        d_down = dh2.t() @ x.to(dtype).reshape(-1, x.shape[-1])
-        d_up = dy.t() @ z.reshape(-1, z.shape[-1])
+        if weight is None:
+            dx = dh.to(dtype) @ down
+        else:
+            dx = stages.add_input_gradient(affine(dy, weight.to(dtype).t()), dh, down)
+        found[0] = dx.view(shape).to(kept.dtype)
+    if d_up is not None:
+        d_down = kept.down_gradient(dh, dtype, stages)
         start = 0
         for branch, smaller in zip(branches, d_small, strict=True):
             stop = start + branch.down.shape[0]
@@ -135,40 +198,17 @@ def _by_hand(
     return [gradient if asked else None for gradient, asked in zip(found, wanted, strict=True)]
 
 
-def _rank_space_gradients(
-    h: Tensor, branches: Sequence[LowRank], dz: Tensor
-) -> tuple[Tensor, Tensor, list[list[Tensor | None]]]:
-    """z and dh in h's dtype, and the gradients of v, G, c and θ of each branch (None where they don't train)."""
-    with torch.enable_grad():
-        leaf = h.detach().requires_grad_(True)
-        inner = [_detached(branch) for branch in branches]
-        z = all_rank_spaces(leaf, inner)
-    small = [[t if t.requires_grad else None for t in _small(branch)] for branch in inner]
-    training = [t for ts in small for t in ts if t is not None]
-    dh, *found = torch.autograd.grad(z, [leaf, *training], dz.to(z.dtype), allow_unused=True)
-    source = iter(found)
-    return z.detach().to(h.dtype), dh, [[None if t is None else next(source) for t in ts] for ts in small]
-
-
 def _through_the_definition(
     x: Tensor, weight: Tensor | None, branches: Sequence[LowRank], dy: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
+    if not x.requires_grad and wanted[0]:
+        x = x.requires_grad_()
     inputs = [x, *(t for branch in branches for t in operands_of(branch))]
     base = dy.new_zeros(*x.shape[:-1], dy.shape[-1]) if weight is None else Frozen(weight, None)
     y = eager.low_rank_delta(x, base, branches).to(dy.dtype).view(dy.shape)
     asked = [t for t, asks in zip(inputs, wanted, strict=True) if asks]
     source = iter(torch.autograd.grad(y, asked, dy, create_graph=True, allow_unused=True))
     return [next(source) if asks else None for asks in wanted]
-
-
-def _small(branch: LowRank) -> list[Tensor]:
-    return [*([] if branch.v is None else [branch.v]), *(branch.gate or ()), *branch.theta]
-
-
-def _detached(branch: LowRank) -> LowRank:
-    """Leaves of a graph of their own, which require gradients where the originals do."""
-    leaves = iter([t.detach().requires_grad_(t.requires_grad) for t in operands_of(branch)])
-    return with_operands(branch, leaves)
 
 
 def _gathered(d_up: Tensor, rows: tuple[tuple[int, int], ...] | None) -> Tensor:

@@ -9,7 +9,7 @@ f and the modulation run in at least fp32 on `(..., R)`; only the two thin produ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -173,6 +173,27 @@ class LowRank(NamedTuple):
     scale: float = 1.0
     rows: tuple[tuple[int, int], ...] | None = None
     """The output features that the update reaches, as (start, stop) in ascending order; None means all."""
+
+
+def small_operands(branch: LowRank) -> list[Tensor]:
+    """v, G, c and θ as far as there are any, in this order."""
+    return [*([] if branch.v is None else [branch.v]), *(branch.gate or ()), *branch.theta]
+
+
+def operands_of(branch: LowRank) -> list[Tensor]:
+    """A, B, then the small ones."""
+    return [branch.down, branch.up, *small_operands(branch)]
+
+
+def with_operands(branch: LowRank, operands: Iterator[Tensor]) -> LowRank:
+    """The same branch on the next of these tensors, in the order of `operands_of`."""
+    return branch._replace(
+        down=next(operands),
+        up=next(operands),
+        v=None if branch.v is None else next(operands),
+        gate=None if branch.gate is None else (next(operands), next(operands)),
+        theta=tuple(next(operands) for _ in branch.theta),
+    )
 
 
 class Frozen(NamedTuple):
