@@ -28,7 +28,7 @@ ROOMS = {
     "datasets": {"training/sources.py"},
     "matplotlib": {"training/figures.py"},
     "peft": {"benchmark/methods.py"},
-    "triton": {"kernels/triton.py"},
+    "triton": {"kernels/triton_formulas.py", "kernels/triton_kernels.py", "kernels/triton_stages.py"},
     "onnx": {"adapters/export.py"},
     "onnxruntime": {"adapters/export.py"},
     "onnxscript": {"adapters/export.py"},
