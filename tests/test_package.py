@@ -37,6 +37,7 @@ def test_every_public_name_is_there() -> None:
 
     names = "AdapterConfig inject eject disabled fold summary print_trainable_parameters adapter_parameters"
     names += " head_parameters param_groups save_adapter load_adapter freeze_backbone low_rank_delta NoLoRALinear"
+    names += " hold_frozen release_frozen"
     missing = [name for name in names.split() if not hasattr(nolora_vision, name)]
     assert not missing and nolora_vision.__version__
 

@@ -21,6 +21,7 @@ from nolora_vision.adapters.card import model_card
 from nolora_vision.adapters.description import INFO, describe, refuse_other_weights
 from nolora_vision.adapters.peft_format import is_peft, read_peft, write_peft
 from nolora_vision.config import AdapterConfig, ConfigError
+from nolora_vision.surgery.frozen_dtype import LOADED
 from nolora_vision.surgery.groups import parameter_kind
 from nolora_vision.surgery.inject import batches_tracked, inject, injection_of, is_injected, withdraw
 from nolora_vision.surgery.plan import InjectionError
@@ -29,8 +30,6 @@ from nolora_vision.surgery.wrappers import bare_model, bare_name, bare_state
 
 Model = TypeVar("Model", bound=nn.Module)
 
-LOADED = "_nolora_loaded"
-"""Attribute of a model: names of backbone parameters that an adapter brought, to be saved again though frozen."""
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nolora_vision.adapters.adapter_files import FORMAT_VERSION, AdapterMismatchError
 from nolora_vision.adapters.model_kwargs import image_size_of, own_kwargs
+from nolora_vision.surgery.frozen_dtype import held_in, sample_of, spread_values
 from nolora_vision.surgery.inject import injection_of, is_injected
 from nolora_vision.surgery.sites import find_sites
 from nolora_vision.surgery.wrappers import bare_model, bare_name, bare_state
@@ -57,7 +58,7 @@ def describe(
         "model_kwargs": kwargs,
         "backbone": backbone_sample(model),
         "metrics": dict(kept.get("metrics") or {}),
-        "metadata": dict(kept.get("metadata") or {}),
+        "metadata": {**(kept.get("metadata") or {}), **_held_dtype(model)},
         "versions": {"nolora_vision": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
     }
 
@@ -70,22 +71,23 @@ def _own_input_size(model: nn.Module, cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {"input_size": (channels, *((size, size) if isinstance(size, int) else size))}
 
 
-@torch.no_grad()
-def backbone_sample(model: nn.Module, layers: int = 8, weights: int = 4) -> dict[str, list[float]]:
+def _held_dtype(model: nn.Module) -> dict[str, str]:
+    """What the frozen weights were rounded to in training, if they were held so."""
+    dtype = held_in(model)
+    return {} if dtype is None else {"frozen_dtype": str(dtype).removeprefix("torch.")}
+
+
+def backbone_sample(model: nn.Module, layers: int = 8) -> dict[str, list[float]]:
     """A few frozen weights of a few layers by name: they tell the backbone apart from another one.
 
-    An adapter on other frozen weights computes nonsense without any error; `load_adapter` compares these numbers.
+    An adapter on other frozen weights computes nonsense without any error; `load_adapter` compares these numbers. Of
+    held weights they are the values before.
     """
     own = bare_state(model)
     names = [f"{bare_name(site.path)}.weight" for site in find_sites(model) if site.role]
     frozen = [n for n in names if isinstance(own.get(n), Tensor) and not own[n].requires_grad and not own[n].is_meta]
     chosen = [frozen[i * (len(frozen) - 1) // max(1, layers - 1)] for i in range(layers)] if frozen else []
-    return {name: _spread_values(own[name], weights) for name in dict.fromkeys(chosen)}
-
-
-def _spread_values(t: Tensor, count: int) -> list[float]:
-    flat = t.detach().reshape(-1)
-    return [float(flat[i * (len(flat) - 1) // (count - 1)]) for i in range(count)]
+    return {name: sample_of(model, name, own[name]) for name in dict.fromkeys(chosen)}
 
 
 def refuse_other_weights(model: nn.Module, sample: Mapping[str, Sequence[float]]) -> None:
@@ -98,7 +100,7 @@ def refuse_other_weights(model: nn.Module, sample: Mapping[str, Sequence[float]]
     for name, wanted in sample.items():
         if name not in own or own[name].is_meta or not own[name].is_floating_point() or len(wanted) < 2:
             continue
-        got = _spread_values(own[name], len(wanted))
+        got = spread_values(own[name], len(wanted))
         if not torch.allclose(torch.tensor(got), torch.tensor(wanted), rtol=1e-2, atol=1e-5):  # bf16 rounds by 0.4 %
             raise AdapterMismatchError(
                 f"The frozen weights of this model are not those that the adapter was trained on ({name} has "

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nolora_vision.adapters.model_kwargs import image_size_of
 from nolora_vision.adapters.pretrained import preprocessing_of
 from nolora_vision.surgery.adapter import adapted_layers
+from nolora_vision.surgery.frozen_dtype import release_frozen
 from nolora_vision.surgery.inject import fold, is_injected
 
 BATCHES = (1, 2, 3)
@@ -45,7 +46,9 @@ class ExportGraph(nn.Module):
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy for inference: fp32 on the CPU, which holds the values of 16-bit weights exactly."""
-    plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    plain = copy.deepcopy(model)
+    release_frozen(plain)
+    plain = plain.cpu().float().eval().requires_grad_(False)
     if callable(getattr(plain, "set_grad_checkpointing", None)):
         plain.set_grad_checkpointing(False)  # type: ignore[operator]  # timm recomputes in evaluation too
     return plain

@@ -12,6 +12,7 @@ from torch import nn
 
 from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
 from nolora_vision.surgery.adapter import AdaptedLayer, adapted_layers, adapted_type
+from nolora_vision.surgery.frozen_dtype import release_frozen
 from nolora_vision.surgery.low_rank_adapter import Adapter, LowRankAdapter, SplitAdapter, make_adapter
 from nolora_vision.surgery.plan import InjectionError, PlannedAdapter, plan_adapters
 from nolora_vision.surgery.reach import prove_reach
@@ -86,12 +87,13 @@ def inject(
 def eject(model: Model) -> Model:
     """Take the adapters out again: the original module objects, timm's flags and requires_grad as before `inject`.
 
-    Adapters that were added by name go with them, the set one and the others.
+    Adapters that were added by name go with them, the set one and the others. Held weights are released.
 
     Raises:
         InjectionError: if the model has no adapters.
     """
     withdraw(model)
+    release_frozen(model)
     if hasattr(model, SHELF):
         getattr(model, SHELF).close()
         delattr(model, SHELF)
@@ -152,6 +154,7 @@ def fold(model: Model, *, merge: bool = False) -> Model:
     folded = replace(record.config, alpha=None, alpha_pattern={}, rank_stabilized=False, modulation=modulation)
     setattr(model, RECORD, replace(record, config=folded))
     if merge:
+        release_frozen(model)  # so that the update is not rounded to the type of a held weight
         for layer in layers.values():
             _add_to_weight(layer)
         eject(model)

@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nolora_vision import AdapterConfig, freeze_backbone, inject
+from nolora_vision import AdapterConfig, freeze_backbone, hold_frozen, inject
 from nolora_vision.training.errors import RunError, hub_advice
 
 
@@ -86,6 +86,21 @@ def apply_method(model: nn.Module, method: str, adapter: AdapterConfig) -> nn.Mo
     elif method == "nolora":
         inject(model, adapter)
     return model
+
+
+def set_compute(model: nn.Module, device_type: str, *, amp_dtype: str, frozen_dtype: str, fused_attn: str) -> None:
+    """How the model computes what it computes: the type of its frozen weights, and its attention; see RunConfig.
+
+    Args:
+        device_type: cpu, cuda, …: where it will run.
+    """
+    if frozen_dtype == "auto" and amp_dtype != "none":
+        hold_frozen(model, getattr(torch, amp_dtype), keep_original=False)
+    slower = device_type == "cpu" and amp_dtype == "bfloat16"
+    if fused_attn == "never" or (fused_attn == "auto" and slower):
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # type: ignore[assignment]
 
 
 def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float | None = None) -> dict[str, Any]:

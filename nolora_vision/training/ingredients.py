@@ -44,6 +44,11 @@ def build_config_model(config: RunConfig, num_classes: int) -> nn.Module:
     )
 
 
+def compute_options(config: RunConfig) -> dict[str, str]:
+    """What `set_compute` is told."""
+    return {name: getattr(config, name) for name in ("amp_dtype", "frozen_dtype", "fused_attn")}
+
+
 def loader(config: RunConfig, images: Mapping[str, Any], split: Split, *, training: bool, cache_bytes: int = 0) -> Any:
     """Batches of one split, as the model wants its images."""
     augmentation = {"scale": config.scale, "hflip": config.hflip, "auto_augment": config.aa, "re_prob": config.reprob}

@@ -34,6 +34,7 @@ from nolora_vision.training.backbone import (
     data_config,
     full_name,
     refuse_wrong_size,
+    set_compute,
     training_mode,
 )
 from nolora_vision.training.data import ImageData
@@ -53,6 +54,7 @@ from nolora_vision.training.engine import (
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.ingredients import (
     build_config_model,
+    compute_options,
     fit_loaders,
     load_config_data,
     loader,
@@ -149,6 +151,7 @@ def train_and_test(
     )
     if config.report_to != "none":
         accelerator.init_trackers("nolora-vision", config={"config": json.dumps(as_plain(asdict(config)))})
+    set_compute(model, accelerator.device.type, **compute_options(config))
     groups = param_groups(model, lr=config.lr or 0.0, head_lr=config.head_lr, weight_decay=config.weight_decay)
     optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
     train, val = fit_loaders(config, images, data)
@@ -194,6 +197,7 @@ def run_eval_only(config: RunConfig) -> dict[str, Any]:
     config = config.for_adapter(saved)
     model = load_adapter(build_config_model(config, saved["num_classes"]), directory)
     accelerator = make_accelerator(config.amp_dtype)
+    set_compute(model, accelerator.device.type, **compute_options(config))
     images = data_config(model, config.img_size, config.crop_pct or saved["preprocessing"].get("crop_pct"))
     batches = loader(config, images, data.test, training=False)
     scores = evaluate(*accelerator.prepare(model, batches), accelerator=accelerator)

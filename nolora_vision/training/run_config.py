@@ -100,6 +100,11 @@ class RunConfig:
 
     amp_dtype: Literal["none", "bfloat16", "float16"] = "none"
     """Compute in this type under autocast."""
+    frozen_dtype: Literal["auto", "float32"] = "auto"
+    """Type of the frozen weights in memory: auto is amp_dtype, which takes half the memory and changes no result, as
+    autocast computes in it anyway."""
+    fused_attn: Literal["auto", "timm", "never"] = "auto"
+    """PyTorch's fused attention: where timm takes it, never, or auto: not for bfloat16 on a processor."""
     torchcompile: bool = False
     """Compile the model."""
     grad_checkpointing: bool = False
