@@ -42,14 +42,13 @@ def low_rank_delta(
 ) -> Tensor:
     """As `eager.low_rank_delta`, with less memory and fewer passes over large tensors.
 
-    Inside `torch.func` transforms and while `torch.compile` traces, the definition itself runs: the first need a rule
-    for every operation, and the second makes nodes of its own.
+    Inside `torch.func` transforms the definition itself runs: they need a rule for every operation.
 
     Args:
         save_input: keep x even where it could be made again.
         stages: what computes the three stages.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return eager.low_rank_delta(x, base, branches)
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base
@@ -58,7 +57,7 @@ def low_rank_delta(
         operands = [t for branch in branches for t in operands_of(branch)]
         y = _Update.apply(x, given, weight, bias, tuple(branches), origin, stages, *operands)
     else:
-        y, _ = _forward(x, given, weight, bias, branches, stages)
+        y, _ = forward(x, given, weight, bias, branches, stages)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 
@@ -69,7 +68,7 @@ class _Update(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, given: Tensor | None, *rest: Any) -> Tensor:
         """y: (M, E). The node does not keep it: blocks may write into it (`qkv += bias`)."""
         weight, bias, branches, origin, stages, *operands = rest
-        y, h = _forward(x, given, weight, bias, branches, stages)
+        y, h = forward(x, given, weight, bias, branches, stages)
         kept = (x,) if origin is None else origin.tensors
         ctx.save_for_backward(h, weight, *operands, *kept)
         ctx.branches, ctx.origin, ctx.stages = branches, origin, stages
@@ -82,19 +81,19 @@ class _Update(torch.autograd.Function):
         h, weight, *saved = ctx.saved_tensors
         source = iter(saved)
         branches = [with_operands(branch, source) for branch in ctx.branches]
-        kept = _Input(tuple(source), ctx.origin, ctx.shape, ctx.dtype)
+        kept = Input(tuple(source), ctx.origin, ctx.shape, ctx.dtype)
         wanted = ctx.needs_input_grad
         asked = (wanted[0], *wanted[LEADING:])
         if torch.is_grad_enabled():  # a second derivative is wanted: by the definition, which autograd can follow
             found = _through_the_definition(kept.x(), weight, branches, dy, asked)
         else:
             with no_autocast(dy.device.type):
-                found = _by_hand(kept, h, weight, branches, dy, asked, ctx.stages)
+                found = by_hand(kept, h, weight, branches, dy, asked, ctx.stages)
         d_base = dy.view(*ctx.shape[:-1], dy.shape[-1]) if wanted[1] else None
         return found[0], d_base, *[None] * (LEADING - 2), *found[1:]
 
 
-class _Input:
+class Input:
     """The layer's input as the node knows it in the backward pass: kept, or to be made again."""
 
     def __init__(self, tensors: Sequence[Tensor], origin: Origin | None, shape: torch.Size, dtype: torch.dtype) -> None:
@@ -119,7 +118,7 @@ class _Input:
         return torch.addcmul(torch.outer(dh.sum(0), bias.to(dh.dtype)), centred.to(dh.dtype), weight.to(dh.dtype))
 
 
-def _forward(
+def forward(
     x: Tensor,
     given: Tensor | None,
     weight: Tensor | None,
@@ -131,7 +130,7 @@ def _forward(
     flat = x.reshape(-1, x.shape[-1])
     if given is None:
         assert weight is not None
-        dtype = _product_type(flat, weight)
+        dtype = product_type(flat, weight)
         with no_autocast(x.device.type):
             y = affine(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
@@ -142,7 +141,7 @@ def _forward(
     return y, h
 
 
-def _product_type(x: Tensor, weight: Tensor) -> torch.dtype:
+def product_type(x: Tensor, weight: Tensor) -> torch.dtype:
     """The type of W x: autocast's where it is on, else x's own, which W must share.
 
     Raises:
@@ -162,8 +161,8 @@ def _rows_per_sample(shape: torch.Size) -> int:
     return shape[1:-1].numel() if len(shape) > 1 else 1
 
 
-def _by_hand(
-    kept: _Input,
+def by_hand(
+    kept: Input,
     h: Tensor,
     weight: Tensor | None,
     branches: Sequence[LowRank],

@@ -238,16 +238,22 @@ def low_rank_delta(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]
 
 def stacked_down(branches: Sequence[LowRank], dtype: torch.dtype) -> Tensor:
     """The A of all branches below one another: (R, D)."""
+    if len(branches) == 1:
+        return branches[0].down.to(dtype)
     return torch.cat([branch.down.to(dtype) for branch in branches])
 
 
 def stacked_up(branches: Sequence[LowRank], out_features: int, dtype: torch.dtype) -> Tensor:
     """The B of all branches beside one another, 0 where one does not reach: (E, R)."""
+    if len(branches) == 1:
+        return _spread(branches[0].up.to(dtype), branches[0].rows, out_features)
     return torch.cat([_spread(branch.up.to(dtype), branch.rows, out_features) for branch in branches], dim=1)
 
 
 def all_rank_spaces(h: Tensor, branches: Sequence[LowRank]) -> Tensor:
     """`rank_space` of each branch on its part of h: (..., R) → (..., R)."""
+    if len(branches) == 1:
+        return rank_space(h, branches[0])
     parts = h.split([branch.down.shape[0] for branch in branches], dim=-1)
     return torch.cat([rank_space(part, branch) for part, branch in zip(parts, branches, strict=True)], dim=-1)
 

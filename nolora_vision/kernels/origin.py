@@ -56,7 +56,9 @@ class _Unknown(Exception):
 
 def _recipe(node: Any, shape: Sequence[int], tensors: list[Tensor]) -> Make:
     """The function that makes the output, of this shape, of a graph node; what it needs is appended to `tensors`."""
-    name = "none" if node is None else node.name()
+    if node is None:
+        raise _Unknown
+    name = node.name()
     if name in _KEEPS:
         attributes, function = _KEEPS[name]
         tensors += [_kept(node, attribute) for attribute in attributes]

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from nolora_vision.kernels.derivatives import DERIVATIVES
 from nolora_vision.kernels.eager import (
     LowRank,
     all_rank_spaces,
     operands_of,
+    rank_space,
     small_operands,
     stacked_down,
     with_operands,
@@ -38,23 +41,72 @@ def rank_gradients(
 ) -> tuple[Tensor, Tensor | None, list[list[Tensor | None]]]:
     """dh: (M, R), dB: (E, R) if the adapter trains, and those of v, G, c and θ of each branch, None where they don't.
 
-    The rank space is small: it is computed again by the definition, so that there is one formula for each f.
+    The rank space is small: it is computed again rather than kept.
 
     Args:
         dy: (M, E).
         up: B: (E, R), stacked, in dy's type.
     """
     dz = affine(dy, up.t().contiguous())
+    at_least = torch.promote_types(h.dtype, torch.float32)
+    ranks = [branch.down.shape[0] for branch in branches]
+    samples = (-1, rows_per_sample) if len(h) and _per_sample(branches) else (len(h),)
+    parts, d_parts, small = [], [], []
+    for branch, part, d_part in zip(branches, h.split(ranks, 1), dz.split(ranks, 1), strict=True):
+        back = _by_hand if branch.nonlinearity in DERIVATIVES else _by_autograd
+        shape = (*samples, part.shape[1])
+        z, dh, found = back(part.to(at_least).reshape(shape), branch, d_part.to(at_least).reshape(shape))
+        parts.append(z.reshape(part.shape))
+        d_parts.append(dh.reshape(part.shape))
+        small.append(found)
+    z, dh = (both[0] if len(both) == 1 else torch.cat(both, 1) for both in (parts, d_parts))
+    return dh, thin_transposed(z.to(dy.dtype), dy).t() if trains else None, small
+
+
+def _by_hand(h: Tensor, branch: LowRank, dz: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """z, dh and the small gradients, for z = s v ⊙ f ⊙ (1 + t) with t = tanh(G h + c), all (..., R)."""
+    theta = [part.to(h.dtype) for part in branch.theta]
+    f, pull = DERIVATIVES[branch.nonlinearity](h, *theta)
+    small: list[Tensor | None] = []
+    g, z = (dz, f) if branch.scale == 1 else (dz * branch.scale, f * branch.scale)
+    v = None if branch.v is None else branch.v.to(h.dtype)
+    gate = t = None
+    if branch.gate is not None:
+        gate = branch.gate[0].to(h.dtype)
+        t = torch.tanh(F.linear(h, gate, branch.gate[1].to(h.dtype)))
+        z = torch.addcmul(z, z, t)
+    if v is not None:
+        small.append(_summed(dz * z, v) if branch.v is not None and branch.v.requires_grad else None)
+        g, z = g * v, z * v
+    df = g if t is None else torch.addcmul(g, g, t)
+    dh, *d_theta = pull(df)
+    if gate is not None and t is not None:
+        dt = torch.ops.aten.tanh_backward(g * f, t)
+        flat = dt.reshape(-1, dt.shape[-1])
+        trains = [part.requires_grad for part in branch.gate or ()]
+        small += [flat.t() @ h.reshape(flat.shape), flat.sum(0)] if any(trains) else [None, None]
+        dh = dh + dt @ gate
+    parts = zip(d_theta, branch.theta, strict=True)
+    return z, dh, small + [_summed(d, part) if part.requires_grad else None for d, part in parts]
+
+
+def _by_autograd(h: Tensor, branch: LowRank, dz: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The same from the definition."""
     with torch.enable_grad():
         leaf = h.detach().requires_grad_(True)
-        inner = [_detached(branch) for branch in branches]
-        z = _rank_space(leaf, inner, rows_per_sample)
-    small = [[t if t.requires_grad else None for t in small_operands(branch)] for branch in inner]
-    training = [t for ts in small for t in ts if t is not None]
-    dh, *found = torch.autograd.grad(z, [leaf, *training], dz.to(z.dtype), allow_unused=True)
+        inner = with_operands(branch, iter([t.detach().requires_grad_(t.requires_grad) for t in operands_of(branch)]))
+        z = rank_space(leaf, inner)
+    small = small_operands(inner)
+    dh, *found = torch.autograd.grad(z, [leaf, *(t for t in small if t.requires_grad)], dz, allow_unused=True)
     source = iter(found)
-    d_small = [[None if t is None else next(source) for t in ts] for ts in small]
-    return dh, thin_transposed(z.detach().to(dy.dtype), dy).t() if trains else None, d_small
+    return z.detach(), dh, [next(source) if t.requires_grad else None for t in small]
+
+
+def _summed(d: Tensor, like: Tensor) -> Tensor:
+    """The gradient of what was broadcast: summed over rows, or over the rows of each sample for (B, 1, R)."""
+    if like.ndim == 1:
+        return d.reshape(-1, d.shape[-1]).sum(0)
+    return d.reshape(like.shape[0], -1, d.shape[-1]).sum(1, keepdim=True)
 
 
 def down_gradient(x: Tensor, dh: Tensor) -> Tensor:
@@ -69,12 +121,11 @@ def add_input_gradient(dx: Tensor, dh: Tensor, down: Tensor) -> Tensor:
 
 def _rank_space(h: Tensor, branches: Sequence[LowRank], rows_per_sample: int) -> Tensor:
     """s v ⊙ f(h): (M, R) → (M, R); h is divided into samples where v is per sample."""
-    if not any(branch.v is not None and branch.v.ndim > 1 for branch in branches):
+    if not _per_sample(branches):
         return all_rank_spaces(h, branches)
     samples = h.view(len(h) // max(rows_per_sample, 1), rows_per_sample, h.shape[1])
     return all_rank_spaces(samples, branches).reshape(h.shape)
 
 
-def _detached(branch: LowRank) -> LowRank:
-    """Leaves of a graph of their own, which require gradients where the originals do."""
-    return with_operands(branch, iter([t.detach().requires_grad_(t.requires_grad) for t in operands_of(branch)]))
+def _per_sample(branches: Sequence[LowRank]) -> bool:
+    return any(branch.v is not None and branch.v.ndim > 1 for branch in branches)

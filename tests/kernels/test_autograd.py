@@ -253,12 +253,11 @@ def made_by_the_node(y: Tensor) -> bool:
 
 
 def test_use_backend() -> None:
-    message = r"backend must be one of auto, eager, autograd, got 'autograt'\. Did you mean 'autograd'"
-    with pytest.raises(ValueError, match=message), use_backend("autograt"):
+    with pytest.raises(ValueError, match="Did you mean 'autograd'"), use_backend("autograt"):
         pass
     x, branch = torch.randn(2, 5), make_branch("tanh", "none", d=5, e=6, r=3)
     branch = with_operands(branch, iter(t.float() for t in operands_of(branch)))
-    with pytest.raises(KeyError), use_backend("autograd"):
-        assert made_by_the_node(nolora_vision.low_rank_delta(x, torch.zeros(2, 6), [branch]))
+    with pytest.raises(KeyError), use_backend("eager"):
+        assert not made_by_the_node(nolora_vision.low_rank_delta(x, torch.zeros(2, 6), [branch]))
         raise KeyError
-    assert not made_by_the_node(nolora_vision.low_rank_delta(x, torch.zeros(2, 6), [branch]))
+    assert made_by_the_node(nolora_vision.low_rank_delta(x, torch.zeros(2, 6), [branch]))

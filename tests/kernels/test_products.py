@@ -18,7 +18,9 @@ def test_products(rows: int, dtype: torch.dtype, onednn: bool, monkeypatch: pyte
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 12).to(dtype), torch.randn(9, 12).to(dtype), torch.randn(9).to(dtype)
     z, dy = torch.randn(rows, 3).to(dtype), torch.randn(rows, 9).to(dtype)
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-1}[dtype]  # bf16: half a bit of sums < 50
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-1}[
+        dtype
+    ]  # bf16: half a bit of sums < 50
 
     def check(found: torch.Tensor, exact: torch.Tensor) -> None:
         assert found.dtype == dtype and found.shape == exact.shape and found.is_contiguous()

@@ -1,0 +1,89 @@
+"""Which backend runs, what is said when one cannot, and that all of them agree."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import nolora_vision
+from nolora_vision.kernels import BACKENDS, Frozen, TritonUnavailable, backends, low_rank_delta, select_backend
+from nolora_vision.kernels.eager import operands_of, with_operands
+from tests.operands import make_branch
+
+GPU = torch.device("cuda", 0)
+
+
+def operands(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Frozen, nolora_vision.kernels.LowRank]:
+    torch.manual_seed(0)
+    made = make_branch("swish", "gate", d=5, e=6, r=3)
+    branch = with_operands(made, iter(t.detach().to(dtype).requires_grad_() for t in operands_of(made)))
+    return torch.randn(4, 7, 5, dtype=dtype), Frozen(torch.randn(6, 5, dtype=dtype), None), branch
+
+
+def test_the_node_is_chosen() -> None:
+    assert select_backend("auto")[0] == select_backend("auto", torch.device("cpu"))[0] == "autograd"
+
+
+def on_a_gpu_where_triton_is_faster(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(backends, "TRITON_IS_FASTER", frozenset({"Some GPU"}))
+    monkeypatch.setattr(backends, "_triton_stages", lambda: (None, reason))
+    backends._warn_once.cache_clear()
+
+
+def test_triton_is_chosen_where_it_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu_where_triton_is_faster(monkeypatch, "")
+    assert select_backend("auto", GPU)[0] == "triton"
+    assert select_backend("auto", torch.device("cpu"))[0] == "autograd"
+    monkeypatch.setattr(backends, "TRITON_IS_FASTER", frozenset())
+    assert select_backend("auto", GPU)[0] == "autograd"
+
+
+def test_a_missing_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu_where_triton_is_faster(monkeypatch, "importing triton failed")
+    with pytest.warns(UserWarning, match="without Triton, though it is faster on this GPU: importing triton failed"):
+        assert select_backend("auto", GPU)[0] == "autograd"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select_backend("auto", GPU)[0] == "autograd"
+
+
+def test_what_triton_does_not_support_runs_otherwise_and_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, layer, branch = operands()
+    expected = low_rank_delta(x, layer, [branch], backend="eager")
+    monkeypatch.setattr(backends, "select_backend", lambda backend, device: ("triton", ""))
+    monkeypatch.setattr(backends, "_why_not_triton", lambda x, base, branches: "no formula")
+    backends._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="Some adapters run without Triton: no formula"):
+        y = low_rank_delta(x, layer, [branch])
+    torch.testing.assert_close(y, expected)
+
+
+def test_triton_by_name_raises_where_it_cannot_run() -> None:
+    x, layer, branch = operands()
+    with pytest.raises(TritonUnavailable, match=r'backend="triton" cannot run: .+\. Use backend="auto"'):
+        low_rank_delta(x, layer, [branch], backend="triton")
+
+
+def test_an_import_that_fails_is_told() -> None:
+    """In a process of its own: modules that are imported stay imported."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\nfrom nolora_vision.kernels import Frozen, LowRank, low_rank_delta\n"
+        "branch = LowRank(torch.zeros(2, 3), torch.zeros(4, 2))\n"
+        "layer = Frozen(torch.zeros(4, 3), None)\n"
+        "assert low_rank_delta(torch.zeros(1, 3), layer, [branch]).shape == (1, 4)\n"
+        "low_rank_delta(torch.zeros(1, 3), layer, [branch], backend='triton')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "TritonUnavailable" in ran.stderr and "pip install 'nolora-vision[triton]'" in ran.stderr
+
+
+def test_an_unknown_backend() -> None:
+    known = ", ".join(("auto", *BACKENDS))
+    with pytest.raises(ValueError, match=rf"backend must be one of {known}, got 'autograt'\. Did you mean 'autograd'"):
+        select_backend("autograt")
