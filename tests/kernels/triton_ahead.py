@@ -54,8 +54,14 @@ def meta_branch(
     return LowRank(empty(r, d), empty(e, r), v, gate, nonlinearity, theta)
 
 
-def launches(branches: Sequence[LowRank], dtype: torch.dtype, *, m: int, rows_per_sample: int) -> list[tuple[Any, Any]]:
-    """(kernel, its arguments) for forward and backward of an update on M rows, as the launchers would run them."""
+def launches(
+    branches: Sequence[LowRank], dtype: torch.dtype, *, m: int, rows_per_sample: int, halves: bool = False
+) -> list[tuple[Any, Any]]:
+    """(kernel, its arguments) for forward and backward of an update on M rows, as the launchers would run them.
+
+    Args:
+        halves: also the kernels for a part of the work: a frozen adapter, dA alone, dx alone.
+    """
     found: list[tuple[Any, Any]] = []
 
     def note(kernel: Any, grid: Any, blocks: triton_stages.Blocks, known: dict[str, Any]) -> None:
@@ -73,6 +79,10 @@ def launches(branches: Sequence[LowRank], dtype: torch.dtype, *, m: int, rows_pe
         dh, _, _ = triton_stages.rank_gradients(dy, h, branches, up, rows_per_sample)
         down = torch.empty(h.shape[1], d, device="meta", dtype=dtype)
         triton_stages.input_gradients(x, dh, down, torch.empty_like(x))
+        if halves:
+            triton_stages.rank_gradients(dy, h, branches, up, rows_per_sample, trains=False)
+            triton_stages.down_gradient(x, dh)
+            triton_stages.add_input_gradient(torch.empty_like(x), dh, down)
     return found
 
 
@@ -116,13 +126,18 @@ def use_of(kernel: Any) -> Use:
 
 
 def uses(
-    nonlinearity: str, modulation: str, ranks: Sequence[int], dtype: torch.dtype, samples: int | None = None
+    nonlinearity: str,
+    modulation: str,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    samples: int | None = None,
+    halves: bool = False,
 ) -> Iterator[Use]:
     """K1, K3 and K4 on ViT-B's qkv at batch 64."""
     branches = [
         meta_branch(nonlinearity, modulation, r, d=768, e=2304, samples=samples, dtype=torch.float32) for r in ranks
     ]
-    for kernel, arguments in launches(branches, dtype, m=12_608, rows_per_sample=197):
+    for kernel, arguments in launches(branches, dtype, m=12_608, rows_per_sample=197, halves=halves):
         yield use_of(compiled(kernel, arguments))
 
 
