@@ -2,7 +2,7 @@
 
 What costs time, the passes over M × D and M × E numbers, is done by hand and in place, in three stages: x to the rank
 space, dy through it, and its gradients to A and x. Where x is what a norm or an activation made of something that is
-kept anyway, x is made again (`origin.py`).
+kept anyway, x is made again (`origin.py`). The forward pass gives the definition's bits.
 Shapes: `...` any leading dimensions, M their product, `D` in_features, `E` out_features, `R` rank of all branches.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nolora_vision.kernels import eager, torch_stages
 from nolora_vision.kernels.eager import (
@@ -57,7 +58,7 @@ def low_rank_delta(
         operands = [t for branch in branches for t in operands_of(branch)]
         y = _Update.apply(x, given, weight, bias, tuple(branches), origin, stages, *operands)
     else:
-        y, _ = forward(x, given, weight, bias, branches, stages)
+        y, _ = forward(x, given, weight, bias, branches, stages, owned=False)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 
@@ -125,35 +126,35 @@ def forward(
     bias: Tensor | None,
     branches: Sequence[LowRank],
     stages: ModuleType,
+    *,
+    owned: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(y: (M, E), h: (M, R)), y a buffer of its own; with autograd off."""
+    """(y: (M, E), h: (M, R)), y a buffer of its own, and no view of it if `owned`; with autograd off."""
     flat = x.reshape(-1, x.shape[-1])
     if given is None:
         assert weight is not None
-        dtype = product_type(flat, weight)
-        with no_autocast(x.device.type):
-            y = affine(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = F.linear(x, weight, bias)  # under autocast, if it is on; the frozen layer's own bits
+        y = _owner(y) if owned else y.reshape(-1, y.shape[-1])
     else:
         y = given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)
     with no_autocast(x.device.type):
         h, z = stages.rank_features(flat.to(y.dtype), branches, y.dtype, _rows_per_sample(x.shape))
-        y.addmm_(z, stacked_up(branches, y.shape[-1], y.dtype).t().contiguous())
+        y.addmm_(z, stacked_up(branches, y.shape[-1], y.dtype).t())
     return y, h
 
 
-def product_type(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The type of W x: autocast's where it is on, else x's own, which W must share.
+def _owner(y: Tensor) -> Tensor:
+    """A fresh (..., E) as (M, E) that is no view: only such an output of a node may be written into afterwards."""
+    owner = y._base if y._is_view() else y
+    flat = y.shape[:-1].numel(), y.shape[-1]
+    return owner if owner is not None and owner.shape == flat and owner.is_contiguous() else y.reshape(flat).clone()
 
-    Raises:
-        RuntimeError: if they differ, as `F.linear` would.
-    """
+
+def product_type(x: Tensor) -> torch.dtype:
+    """The type of W x: autocast's where it is on, else x's own."""
     kind = x.device.type
     if eager.autocasts(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
-    if x.dtype != weight.dtype:
-        raise RuntimeError(
-            f"The input is {x.dtype}, but the frozen weight is {weight.dtype}. Cast one of them, or use autocast."
-        )
     return x.dtype
 
 

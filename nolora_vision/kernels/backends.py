@@ -86,7 +86,7 @@ def _why_not_triton(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank
     stages, reason = _triton_stages()
     if reason:
         return reason
-    dtype = autograd.product_type(x, base.weight) if isinstance(base, Frozen) else base.dtype
+    dtype = autograd.product_type(x) if isinstance(base, Frozen) else base.dtype
     return stages.supports(branches, x, dtype)
 
 

@@ -32,7 +32,7 @@ def rank_features(
     Args:
         rows_per_sample: rows that share a v, where v is one per sample.
     """
-    h = affine(x, stacked_down(branches, dtype))
+    h = F.linear(x, stacked_down(branches, dtype))  # the definition's own product: the forward pass has its bits
     return h, _rank_space(h, branches, rows_per_sample).to(dtype)
 
 
