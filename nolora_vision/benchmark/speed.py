@@ -1,4 +1,4 @@
-"""What an adapter costs against the frozen layer and against PEFT: time, saved bytes, operations; as a record."""
+"""What an adapter costs against the frozen layer and against PEFT: time, memory, operations; as a record."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nolora_vision import AdapterConfig, fold, use_backend
+from nolora_vision.benchmark.memory import model_tensors, peak_bytes, saved_bytes
 from nolora_vision.benchmark.methods import OURS, PEERS, apply_method, let_gradients_flow
 from nolora_vision.surgery.inject import is_injected
 from nolora_vision.training import figures
+from nolora_vision.training.backbone import set_compute
 from nolora_vision.training.progress import RunsProgress, print_columns
 from nolora_vision.training.record import environment, write_record
 
@@ -29,8 +31,10 @@ REFERENCE, PEER = "frozen", "peft lora"
 LAYERS: Mapping[str, tuple[int, int]] = {"qkv": (768, 2304), "fc1": (768, 3072), "fc2": (3072, 768)}
 """The layers of ViT-B/16, (in_features, out_features)."""
 TOKENS = 197
-BACKENDS = ("eager", "autograd")
 Part = Literal["layer", "step", "inference"]
+Mode = Literal["eager", "autograd", "custom_op", "triton", "tuned", "compiled"]
+"""How adapters are computed: a backend; or the usual one with what train.py sets under bfloat16 (the frozen weights
+held in it, the attention that is faster there); or that compiled."""
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -50,6 +54,8 @@ def main(
     parts: tuple[Part, ...] = ("layer", "step", "inference"),
     models: tuple[str, ...] = ("vit_tiny_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16"),
+    modes: tuple[Mode, ...] = ("eager", "autograd", "tuned"),
+    methods: tuple[str, ...] = tuple(OURS),
     rank: int = 8,
     batch_size: int = 8,
     rounds: int = 11,
@@ -61,6 +67,9 @@ def main(
         parts: One layer of ViT-B, a whole training step, inference.
         models: timm models for step and inference; their weights are random.
         dtypes: bfloat16 is autocast.
+        modes: Backends of our adapters; `tuned` is train.py's setting under bfloat16, here also of frozen and LoRA;
+            `compiled` takes a minute for each row.
+        methods: Which of ours.
         rank: Of every adapter, on qkv, fc1 and fc2.
         batch_size: Images.
         rounds: Of each job; the first two warm up.
@@ -75,7 +84,7 @@ def main(
         for part, name in subjects:
             for dtype in dtypes:
                 progress.begin(f"{part}, {name}, {dtype}")
-                jobs = make_jobs(part, name, config, batch_size, device, dtype)
+                jobs = make_jobs(part, name, config, batch_size, device, dtype, modes=modes, methods=methods)
                 rows = measure(jobs, rounds, device)
                 tables.append({"part": part, "subject": name, "dtype": dtype, "rows": rows})
     for table in tables:
@@ -91,19 +100,32 @@ def main(
 
 
 def make_jobs(
-    part: str, subject: str, config: AdapterConfig, batch_size: int, device: torch.device, dtype: str
+    part: str,
+    subject: str,
+    config: AdapterConfig,
+    batch_size: int,
+    device: torch.device,
+    dtype: str,
+    *,
+    modes: Sequence[str] = ("eager", "autograd"),
+    methods: Sequence[str] = tuple(OURS),
 ) -> list[Job]:
-    """Every method on a subject; ours once for each backend."""
-    rows = [(method, "eager") for method in ("frozen", *(() if part == "layer" else ("head", "full")), *PEERS)]
-    rows += [(method, backend) for method in OURS for backend in BACKENDS]
+    """Every method on a subject; ours once for each mode."""
+    rows = [(method, "eager") for method in ("frozen", *(("head", "full") if part == "step" else ()), *PEERS)]
+    apart = ("tuned", "compiled") if part == "layer" else () if dtype == "bfloat16" else ("tuned",)
+    modes = [mode for mode in modes if mode not in apart]
+    rows += [(method, mode) for mode in modes if mode in ("tuned", "compiled") for method in (REFERENCE, PEER)]
+    rows += [(method, mode) for method in methods for mode in modes]
     make = {"layer": _layer_job, "step": _step_job, "inference": _inference_job}[part]
-    if part == "inference":
-        rows = [(method, backend) for method, backend in rows if method not in ("head", "full")]
-    return [make(subject, method, backend, config, batch_size, device, dtype) for method, backend in rows]
+    return [make(subject, method, mode, config, batch_size, device, dtype) for method, mode in rows]
 
 
-def _named(method: str, backend: str) -> str:
-    return f"{method}, {backend}" if method in OURS else method
+def _named(method: str, mode: str) -> str:
+    return f"{method}, {mode}" if method in OURS or mode in ("tuned", "compiled") else method
+
+
+def _backend(mode: str) -> str:
+    return "auto" if mode in ("tuned", "compiled") else mode
 
 
 def _amp(device: torch.device, dtype: str) -> Any:
@@ -111,7 +133,7 @@ def _amp(device: torch.device, dtype: str) -> Any:
 
 
 def _layer_job(
-    subject: str, method: str, backend: str, config: AdapterConfig, batch: int, device: torch.device, dtype: str
+    subject: str, method: str, mode: str, config: AdapterConfig, batch: int, device: torch.device, dtype: str
 ) -> Job:
     """Forward and backward of one layer, its input requiring a gradient."""
     d, e = LAYERS[subject]
@@ -124,21 +146,28 @@ def _layer_job(
     dy = torch.randn(batch, TOKENS, e, device=device, dtype=getattr(torch, dtype))
 
     def forward() -> Tensor:
-        with use_backend(backend), _amp(device, dtype):
+        with use_backend(_backend(mode)), _amp(device, dtype):
             return model(x)
 
     def run() -> None:
         x.grad = None
         forward().backward(dy)
 
-    return Job(_named(method, backend), run, forward, model)
+    return Job(_named(method, mode), run, forward, model)
 
 
-def _model(subject: str, method: str, config: AdapterConfig, device: torch.device) -> nn.Module:
+def _model(
+    subject: str, method: str, mode: str, config: AdapterConfig, device: torch.device, dtype: str
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The model, and what to call."""
     model = apply_method(timm.create_model(subject, num_classes=100), method, config)
-    if method == "frozen":
+    if method == "frozen" and mode != "compiled":  # the compiler does not take the hook that this sets
         let_gradients_flow(model)
-    return model.to(device)
+    if mode in ("tuned", "compiled"):
+        amp_dtype = "none" if dtype == "float32" else dtype
+        set_compute(model, device.type, amp_dtype=amp_dtype, frozen_dtype="auto", fused_attn="auto")
+    model.to(device)
+    return model, torch.compile(model) if mode == "compiled" else model
 
 
 def _images(model: nn.Module, batch: int, device: torch.device) -> Tensor:
@@ -147,16 +176,17 @@ def _images(model: nn.Module, batch: int, device: torch.device) -> Tensor:
 
 
 def _step_job(
-    subject: str, method: str, backend: str, config: AdapterConfig, batch: int, device: torch.device, dtype: str
+    subject: str, method: str, mode: str, config: AdapterConfig, batch: int, device: torch.device, dtype: str
 ) -> Job:
     """Forward, loss, backward and AdamW of a whole model."""
-    model = _model(subject, method, config, device).train()
-    images, labels = _images(model, batch, device), torch.arange(batch, device=device) % 100
+    model, call = _model(subject, method, mode, config, device, dtype)
+    images, labels = _images(model.train(), batch, device), torch.arange(batch, device=device) % 100
+    images.requires_grad_(method == "frozen" and mode == "compiled")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def forward() -> Tensor:
-        with use_backend(backend), _amp(device, dtype):
-            logits = model(images)
+        with use_backend(_backend(mode)), _amp(device, dtype):
+            logits = call(images)
         return F.cross_entropy(logits.float(), labels)
 
     def run() -> None:
@@ -164,23 +194,24 @@ def _step_job(
         optimizer.step()
         optimizer.zero_grad()
 
-    return Job(_named(method, backend), run, forward, model)
+    return Job(_named(method, mode), run, forward, model)
 
 
 def _inference_job(
-    subject: str, method: str, backend: str, config: AdapterConfig, batch: int, device: torch.device, dtype: str
+    subject: str, method: str, mode: str, config: AdapterConfig, batch: int, device: torch.device, dtype: str
 ) -> Job:
     """A forward pass, the adapters folded; PEFT's LoRA as it is (it could be merged, ours if linear too)."""
-    model = _model(subject, method, config, device).eval()
+    model, call = _model(subject, method, mode, config, device, dtype)
+    model.eval()
     if is_injected(model):
         fold(model)
     images = _images(model, batch, device)
 
     def forward() -> Tensor:
-        with torch.inference_mode(), use_backend(backend), _amp(device, dtype):
-            return model(images)
+        with torch.inference_mode(), use_backend(_backend(mode)), _amp(device, dtype):
+            return call(images)
 
-    return Job(_named(method, backend), forward, forward, model)
+    return Job(_named(method, mode), forward, forward, model)
 
 
 # ------------------------------------------------------------------------------------------------------- the measuring
@@ -203,26 +234,16 @@ def measure(jobs: Sequence[Job], rounds: int, device: torch.device) -> list[dict
         row = {"name": job.name, "step_time_ms": quartiles(own)}
         for key, other in (("ratio_to_frozen", REFERENCE), ("ratio_to_peft_lora", PEER)):
             row[key] = quartiles([a / b for a, b in zip(own, times[other], strict=True)])
-        rows.append({**row, **count(job), **_peak_memory(job, device)})
+        rows.append({**row, **count(job), "peak_memory_bytes": peak_bytes(job.run, device)})
     return rows
 
 
 def count(job: Job) -> dict[str, int]:
     """Bytes that the forward pass keeps for the backward pass, parameters apart, and operations of one run."""
-    known = {t.untyped_storage().data_ptr() for t in (*job.model.parameters(), *job.model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        job.forward()
+    kept = saved_bytes(job.forward(), besides=model_tensors(job.model))
     with _Operations() as operations:
         job.run()
-    return {"saved_bytes": sum(kept.values()), "operations": operations.count}
+    return {"saved_bytes": kept, "operations": operations.count}
 
 
 class _Operations(TorchDispatchMode):
@@ -248,16 +269,6 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _peak_memory(job: Job, device: torch.device) -> dict[str, int]:
-    """Peak bytes on the GPU during one run, over what lay there before; a processor does not tell."""
-    if device.type != "cuda":
-        return {}
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    job.run()
-    return {"peak_memory_bytes": torch.cuda.max_memory_allocated() - before}
-
-
 def show(table: Mapping[str, Any]) -> None:
     """One table on the terminal."""
 
@@ -270,13 +281,14 @@ def show(table: Mapping[str, Any]) -> None:
             f"{row['step_time_ms']['median']:.1f}",
             spread(row["ratio_to_frozen"], 2),
             spread(row["ratio_to_peft_lora"], 2),
-            f"{row['saved_bytes'] / 2**20:.1f}",
+            f"{row['saved_bytes'] / 2**20:.0f}",
+            f"{row['peak_memory_bytes'] / 2**20:.0f}",
             f"{row['operations']:,}",
         )
         for row in table["rows"]
     ]
-    header = ("method", "ms", "× frozen", "× PEFT LoRA", "saved MiB", "operations")
-    print_columns(f"{table['part']} · {table['subject']} · {table['dtype']}", header, rows)
+    header = ("method", "ms", "× frozen", "× PEFT LoRA", "saved", "peak", "ops")
+    print_columns(f"{table['part']} · {table['subject']} · {table['dtype']} (memory in MiB)", header, rows)
 
 
 if __name__ == "__main__":
