@@ -20,8 +20,7 @@ CONFIG = nolora_vision.AdapterConfig(rank=2)
 
 
 def test_it_writes_tables_and_a_picture(tmp_path: Path, capsys) -> None:
-    speed.main(parts=("layer", "step", "inference"), models=("test_vit",), dtypes=("float32",), rank=2, batch_size=1, rounds=5,
-               output=tmp_path / "out")  # fmt: skip
+    speed.main(models=("test_vit",), dtypes=("float32",), rank=2, batch_size=1, rounds=5, output=tmp_path / "out")
     record = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert [table["subject"] for table in record["tables"]] == ["qkv", "fc1", "fc2", "test_vit", "test_vit"]
     for table in record["tables"]:
