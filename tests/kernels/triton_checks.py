@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nolora_vision.config import MODULATIONS, NONLINEARITIES
-from nolora_vision.kernels import FORMULAS, LowRank, triton_formulas, triton_stages
+from nolora_vision.kernels import FORMULAS, Frozen, LowRank, custom_op, triton_formulas, triton_stages
+from nolora_vision.kernels import low_rank_delta as door
 from nolora_vision.kernels.eager import (
     all_rank_spaces,
     low_rank_delta,
@@ -28,6 +29,7 @@ from nolora_vision.kernels.eager import (
     stacked_up,
     with_operands,
 )
+from tests.operands import make_branch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -354,3 +356,30 @@ def test_tanh_is_exact_to_its_own_size() -> None:
     tanh_kernel[(1,)](x, y, N=4096)
     expected = torch.tanh(x.double())
     assert ((y - expected).abs() <= 3e-7 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["layer", "base"])
+@pytest.mark.parametrize("operator", [False, True], ids=["node", "operator"])
+def test_the_whole_update_is_the_definition(operator: bool, given: bool) -> None:
+    """q, k and v with gates, forward and every gradient, by the backend that users name and as the operator."""
+    torch.manual_seed(0)
+    branches = []
+    for start in (0, 6, 12):
+        made = make_branch("swish", "gate", d=40, e=6, r=8)._replace(rows=((start, start + 6),))
+        leaves = (t.detach().float().to(DEVICE).requires_grad_() for t in operands_of(made))
+        branches.append(with_operands(made, iter(leaves)))
+    x = (0.2 * torch.randn(2, 7, 40, device=DEVICE)).requires_grad_()  # larger, and numpy warns of e^-2x = ∞
+    dy = torch.randn(2, 7, 18, device=DEVICE)
+    base = dy + 1 if given else Frozen(torch.randn(18, 40, device=DEVICE), torch.randn(18, device=DEVICE))
+    inputs = [x, *(t for branch in branches for t in operands_of(branch))]
+    found = []
+    for of_triton in (True, False):
+        if not of_triton:
+            y = low_rank_delta(x, base, branches)
+        elif operator:
+            y = custom_op.low_rank_delta(x, base, branches, "triton")
+        else:
+            y = door(x, base, branches, backend="triton")
+        found.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
