@@ -32,9 +32,9 @@ LAYERS: Mapping[str, tuple[int, int]] = {"qkv": (768, 2304), "fc1": (768, 3072),
 """The layers of ViT-B/16, (in_features, out_features)."""
 TOKENS = 197
 Part = Literal["layer", "step", "inference"]
-Mode = Literal["eager", "autograd", "custom_op", "triton", "tuned", "compiled"]
+Mode = Literal["eager", "autograd", "custom_op", "triton", "tuned", "compiled", "compiled_op"]
 """How adapters are computed: a backend; or the usual one with what train.py sets under bfloat16 (the frozen weights
-held in it, the attention that is faster there); or that compiled."""
+held in it, the attention that is faster there); or that compiled, of the definition or with the operator."""
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -112,7 +112,7 @@ def make_jobs(
 ) -> list[Job]:
     """Every method on a subject; ours once for each mode."""
     rows = [(method, "eager") for method in ("frozen", *(("head", "full") if part == "step" else ()), *PEERS)]
-    apart = ("tuned", "compiled") if part == "layer" else () if dtype == "bfloat16" else ("tuned",)
+    apart = ("tuned", "compiled", "compiled_op") if part == "layer" else () if dtype == "bfloat16" else ("tuned",)
     modes = [mode for mode in modes if mode not in apart]
     rows += [(method, mode) for mode in modes if mode in ("tuned", "compiled") for method in (REFERENCE, PEER)]
     rows += [(method, mode) for method in methods for mode in modes]
@@ -125,7 +125,7 @@ def _named(method: str, mode: str) -> str:
 
 
 def _backend(mode: str) -> str:
-    return "auto" if mode in ("tuned", "compiled") else mode
+    return {"tuned": "auto", "compiled": "auto", "compiled_op": "custom_op"}.get(mode, mode)
 
 
 def _amp(device: torch.device, dtype: str) -> Any:
@@ -163,11 +163,11 @@ def _model(
     model = apply_method(timm.create_model(subject, num_classes=100), method, config)
     if method == "frozen" and mode != "compiled":  # the compiler does not take the hook that this sets
         let_gradients_flow(model)
-    if mode in ("tuned", "compiled"):
+    if mode in ("tuned", "compiled", "compiled_op"):
         amp_dtype = "none" if dtype == "float32" else dtype
         set_compute(model, device.type, amp_dtype=amp_dtype, frozen_dtype="auto", fused_attn="auto")
     model.to(device)
-    return model, torch.compile(model) if mode == "compiled" else model
+    return model, torch.compile(model) if mode.startswith("compiled") else model
 
 
 def _images(model: nn.Module, batch: int, device: torch.device) -> Tensor:

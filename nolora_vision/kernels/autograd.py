@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ def low_rank_delta(
     base: Tensor | Frozen,
     branches: Sequence[LowRank],
     *,
-    save_input: bool = False,
     stages: ModuleType = torch_stages,
 ) -> Tensor:
     """As `eager.low_rank_delta`, with less memory and fewer passes over large tensors.
@@ -46,7 +45,6 @@ def low_rank_delta(
     Inside `torch.func` transforms the definition itself runs: they need a rule for every operation.
 
     Args:
-        save_input: keep x even where it could be made again.
         stages: what computes the three stages.
     """
     if torch._C._are_functorch_transforms_active():
@@ -54,9 +52,8 @@ def low_rank_delta(
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base
     if torch.is_grad_enabled():
-        origin = None if save_input else origin_of(x)
         operands = [t for branch in branches for t in operands_of(branch)]
-        y = _Update.apply(x, given, weight, bias, tuple(branches), origin, stages, *operands)
+        y = _Update.apply(x, given, weight, bias, tuple(branches), origin_of(x), stages, *operands)
     else:
         y, _ = forward(x, given, weight, bias, branches, stages, owned=False)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
@@ -94,11 +91,14 @@ class _Update(torch.autograd.Function):
         return found[0], d_base, *[None] * (LEADING - 2), *found[1:]
 
 
-class Input:
+class Input(NamedTuple):
     """The layer's input as the node knows it in the backward pass: kept, or to be made again."""
 
-    def __init__(self, tensors: Sequence[Tensor], origin: Origin | None, shape: torch.Size, dtype: torch.dtype) -> None:
-        self.tensors, self.origin, self.shape, self.dtype = tensors, origin, shape, dtype
+    tensors: Sequence[Tensor]
+    """x, or what its origin needs."""
+    origin: Origin | None
+    shape: torch.Size
+    dtype: torch.dtype
 
     def x(self) -> Tensor:
         """x: (..., D)."""
@@ -110,7 +110,7 @@ class Input:
         x is not made again if it is w ⊙ (u − μ) ρ + b, the output of a LayerNorm: with g = ρ dh,
         dA = w ⊙ (gᵀ u − gᵀ μ) + (dhᵀ 1) b.
         """
-        if self.origin is None or not self.origin.is_layer_norm or dh.dtype == torch.float64:
+        if self.origin is None or not self.origin.is_layer_norm:
             return stages.down_gradient(self.x().to(dtype).reshape(-1, self.shape[-1]), dh)
         u, mean, rstd, weight, bias = self.tensors
         u, mean, rstd = u.reshape(-1, self.shape[-1]), mean.reshape(-1, 1), rstd.reshape(-1, 1)
@@ -201,8 +201,6 @@ def by_hand(
 def _through_the_definition(
     x: Tensor, weight: Tensor | None, branches: Sequence[LowRank], dy: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    if not x.requires_grad and wanted[0]:
-        x = x.requires_grad_()
     inputs = [x, *(t for branch in branches for t in operands_of(branch))]
     base = dy.new_zeros(*x.shape[:-1], dy.shape[-1]) if weight is None else Frozen(weight, None)
     y = eager.low_rank_delta(x, base, branches).to(dy.dtype).view(dy.shape)

@@ -104,7 +104,8 @@ def select_backend(backend: str, device: torch.device | None = None) -> tuple[st
         raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}.{did_you_mean(backend, known)}")
     if backend != "auto":
         return backend, "asked for"
-    if device is not None and device.type == "cuda" and torch.cuda.get_device_name(device) in TRITON_IS_FASTER:
+    on_gpu = TRITON_IS_FASTER and device is not None and device.type == "cuda"
+    if on_gpu and torch.cuda.get_device_name(device) in TRITON_IS_FASTER:
         reason = _triton_stages()[1]
         if not reason:
             return "triton", "measured faster on this GPU"

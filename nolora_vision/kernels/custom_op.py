@@ -98,15 +98,7 @@ def update(
 
 
 @update.register_fake
-def _(
-    x: Tensor,
-    given: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    operands: Sequence[Tensor],
-    branches: str,
-    stages: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Any, given: Any, weight: Any, bias: Any, operands: Any, branches: str, stages: str) -> tuple[Tensor, Tensor]:
     rows = math.prod(x.shape[:-1])  # numel() would fix the batch size
     like = weight if given is None else given
     assert like is not None
@@ -117,7 +109,7 @@ def _(
 
 
 def _under_autocast(device: str) -> Callable[..., Any]:
-    """x, W, b and the base in autocast's type; what trains keeps its own, which the stages cast where it is safe."""
+    """x, W and b in autocast's type, as the base has it already; what trains the stages cast, where it is safe."""
 
     def run(x: Tensor, given: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Any:
         key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
@@ -171,16 +163,7 @@ def _autograd_inside_an_operator() -> Any:
 
 
 @update_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor | None,
-    operands: Sequence[Tensor],
-    branches: str,
-    stages: str,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
+def _(dy: Any, x: Any, h: Any, weight: Any, operands: Any, branches: str, stages: str, wanted: Any) -> list[Tensor]:
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format)
         for t, asked in zip([x, *operands], wanted, strict=True)

@@ -25,7 +25,7 @@ class Origin(NamedTuple):
     """What other nodes keep anyway."""
     make: Make
     is_layer_norm: bool
-    """x is w ⊙ (u − μ) ρ + b of `tensors` = (u, μ, ρ, w, b), cast at most."""
+    """x is w ⊙ (u − μ) ρ + b of `tensors` = (u, μ, ρ, w, b), cast at most; over the last axis, and u in fp32."""
 
     def x(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """x again, connected to `tensors` if gradients are enabled."""
@@ -41,13 +41,17 @@ def origin_of(x: Tensor) -> Origin | None:
         make = _recipe(x.grad_fn, x.shape, tensors)
     except _Unknown:
         return None
+    if any(t.device != x.device for t in tensors):  # the cast between was a transfer
+        return None
     return Origin(tuple(tensors), make, _is_layer_norm(x.grad_fn))
 
 
 def _is_layer_norm(node: Any) -> bool:
     if node.name() == "ToCopyBackward0":
         node = node.next_functions[0][0]
-    return node.name() == "NativeLayerNormBackward0"
+    if node.name() != "NativeLayerNormBackward0":
+        return False
+    return len(node._saved_normalized_shape) == 1 and node._saved_input.dtype == torch.float32
 
 
 class _Unknown(Exception):
@@ -85,11 +89,14 @@ def _kept(node: Any, attribute: str) -> Tensor:
 
 
 def _layer_norm(node: Any, u: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """w ⊙ (u − μ) ρ + b; for a second derivative μ and ρ are functions of u again."""
-    if torch.is_grad_enabled():
-        axes = tuple(range(-weight.ndim, 0))
-        variance = u.var(axes, unbiased=False, keepdim=True)
+    """w ⊙ (u − μ) ρ + b in at least fp32; for a second derivative μ and ρ are functions of u again."""
+    axes, rounded = tuple(range(-weight.ndim, 0)), mean.dtype.itemsize < 4  # on a processor, of a bf16 norm
+    every = (u, mean, rstd, weight, bias)
+    u, mean, rstd, weight, bias = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in every)
+    if torch.is_grad_enabled() or rounded:
         mean = u.mean(axes, keepdim=True)
+    if torch.is_grad_enabled():
+        variance = u.var(axes, unbiased=False, keepdim=True)
         rstd = (variance + (rstd.pow(-2) - variance).detach()).rsqrt()
     return torch.addcmul(bias, (u - mean) * rstd, weight)
 

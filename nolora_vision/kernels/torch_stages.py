@@ -50,7 +50,9 @@ def rank_gradients(
     dz = affine(dy, up.t().contiguous())
     at_least = torch.promote_types(h.dtype, torch.float32)
     ranks = [branch.down.shape[0] for branch in branches]
-    samples = (-1, rows_per_sample) if len(h) and _per_sample(branches) else (len(h),)
+    samples = (len(h),)
+    if _per_sample(branches):
+        samples = (len(h) // max(rows_per_sample, 1), rows_per_sample)
     parts, d_parts, small = [], [], []
     for branch, part, d_part in zip(branches, h.split(ranks, 1), dz.split(ranks, 1), strict=True):
         back = _by_hand if branch.nonlinearity in DERIVATIVES else _by_autograd
@@ -106,7 +108,7 @@ def _summed(d: Tensor, like: Tensor) -> Tensor:
     """The gradient of what was broadcast: summed over rows, or over the rows of each sample for (B, 1, R)."""
     if like.ndim == 1:
         return d.reshape(-1, d.shape[-1]).sum(0)
-    return d.reshape(like.shape[0], -1, d.shape[-1]).sum(1, keepdim=True)
+    return d.flatten(1, -2).sum(1, keepdim=True)
 
 
 def down_gradient(x: Tensor, dh: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,6 +18,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
+if sys.platform != "win32":
+    import fcntl
+
 AUTO_SHARE = 0.25
 """Of the free memory, which `auto` lets the caches of all processes of this machine take together."""
 CGROUP = Path("/sys/fs/cgroup")
@@ -29,9 +32,9 @@ def cache_budget(setting: Literal["auto", "none"] | int) -> int:
     """Bytes that this process may keep of decoded images.
 
     Args:
-        setting: `auto`, `none`, or MiB for each process.
+        setting: `auto`, `none`, or MiB for each process. Windows has no such locks on files: there it is none.
     """
-    if setting == "none":
+    if setting == "none" or sys.platform == "win32":
         return 0
     if setting == "auto":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and `accelerate launch`

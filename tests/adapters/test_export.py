@@ -281,10 +281,9 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 
 
 def test_missing_packages_compiler_and_space_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-        with pytest.raises(ExportError, match="needs a C\\+\\+ compiler and finds none"):
-            export(tiny(), tmp_path / "m.pt2", format="aoti")
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with no_compiler, pytest.raises(ExportError, match="needs a C\\+\\+ compiler and finds none"):
+        export(tiny(), tmp_path / "m.pt2", format="aoti")
     with monkeypatch.context() as patch:
         patch.setattr(room, "MOST_ONNX_BYTES", 1000)
         with pytest.raises(ExportError, match=r"do not fit into one ONNX file of 2 GiB. Use format='torch'"):

@@ -113,6 +113,9 @@ def test_v_for_each_sample() -> None:
     assert torch.equal(got, expected)
     for g, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(g, w)
+    none = branch._replace(v=leaf(0, 1, 3))
+    autograd.low_rank_delta(x[:0], base[:0], [none]).sum().backward()
+    assert none.v.grad.shape == (0, 1, 3)
     with pytest.raises(ValueError, match=r"v must have shape \(R,\) or \(B, 1, R\)"):
         autograd.low_rank_delta(x[:3], base[:3], [branch])
 
