@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nolora_vision.config import did_you_mean
-from nolora_vision.kernels import autograd, custom_op, eager
+from nolora_vision.kernels import autograd, eager
 from nolora_vision.kernels.eager import Frozen, LowRank
 
 TRITON_IS_FASTER: frozenset[str] = frozenset()
@@ -41,6 +41,8 @@ def _autograd(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> 
 
 def _custom_op(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> Tensor:
     """An exported graph has the definition, so that it needs nothing from here."""
+    from nolora_vision.kernels import custom_op  # registering takes longer than the rest of this package's import
+
     return (eager if _is_exporting() else custom_op).low_rank_delta(x, base, branches)
 
 
@@ -53,6 +55,8 @@ def _triton(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> Te
     if _is_exporting():
         return eager.low_rank_delta(x, base, branches)
     if torch.compiler.is_compiling():
+        from nolora_vision.kernels import custom_op
+
         return custom_op.low_rank_delta(x, base, branches, "triton")
     if reason := _why_not_triton(x, base, branches):
         raise TritonUnavailable(f'backend="triton" cannot run: {reason}. Use backend="auto" to do without.')
