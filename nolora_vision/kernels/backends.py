@@ -33,8 +33,8 @@ def _eager(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> Ten
 def _autograd(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> Tensor:
     """The compiler gets the definition, of which it makes kernels of its own.
 
-    Compiled on 2 cores of an EPYC, a step of ViT-Ti in bf16 took 285 ms that way and 368 with the operator; ViT-B in
-    fp32 3.8 s and 3.5.
+    A compiled step on 2 cores of an EPYC, swish + gate, by `benchmark.speed --modes compiled compiled_op`: ViT-Ti in
+    bf16 209 ms that way and 246 with the operator; ViT-B in fp32 3.72 s and 3.41.
     """
     return (eager if torch.compiler.is_compiling() else autograd).low_rank_delta(x, base, branches)
 
