@@ -132,7 +132,7 @@ def speed_ratios(path: Path, tables: Sequence[Mapping[str, Any]], *, title: str)
         colours = ["C0" if row["name"].startswith("ours") else "0.6" for row in rows]
         axis.barh([row["name"] for row in rows], medians, xerr=whiskers, color=colours, ecolor="0.3")
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xlim(left=min(0.8, *medians) * 0.95)
+        axis.set_xlim(left=0)  # bars are compared by their length
         axis.set_title(f"{table['part']}, {table['subject']}, {table['dtype']}", fontsize=10)
         axis.tick_params(labelsize=8)
     figure.supxlabel("time / time of the frozen model")
