@@ -142,7 +142,7 @@ def exhaust(batches: Any) -> None:
 
 def model_jobs(model: nn.Module, batch_size: int, amp_dtype: str) -> list[Job]:
     """One training step and one evaluation batch, on an image batch that is there already."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     accelerator = make_accelerator(amp_dtype)
     model, optimizer = accelerator.prepare(model, optimizer)
     size = data_config(accelerator.unwrap_model(model))["input_size"]

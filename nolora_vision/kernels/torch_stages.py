@@ -21,7 +21,7 @@ from nolora_vision.kernels.eager import (
     stacked_down,
     with_operands,
 )
-from nolora_vision.kernels.products import affine, thin_transposed
+from nolora_vision.kernels.products import thin, thin_transposed
 
 
 def rank_features(
@@ -47,7 +47,7 @@ def rank_gradients(
         dy: (M, E).
         up: B: (E, R), stacked, in dy's type.
     """
-    dz = affine(dy, up.t().contiguous())
+    dz = thin(dy, up)
     at_least = torch.promote_types(h.dtype, torch.float32)
     ranks = [branch.down.shape[0] for branch in branches]
     samples = (len(h),)
@@ -87,7 +87,7 @@ def _by_hand(h: Tensor, branch: LowRank, dz: Tensor) -> tuple[Tensor, Tensor, li
         flat = dt.reshape(-1, dt.shape[-1])
         trains = [part.requires_grad for part in branch.gate or ()]
         small += [flat.t() @ h.reshape(flat.shape), flat.sum(0)] if any(trains) else [None, None]
-        dh = dh + dt @ gate
+        dh = torch.addmm(dh.reshape(flat.shape), flat, gate).view(dh.shape)
     parts = zip(d_theta, branch.theta, strict=True)
     return z, dh, small + [_summed(d, part) if part.requires_grad else None for d, part in parts]
 

@@ -133,6 +133,13 @@ def refuse_unusable(config: RunConfig) -> None:
             raise RunError(f"--{field} {getattr(config, field)}: {str(error).rstrip('.')}.{hint}") from error
 
 
+def make_optimizer(config: RunConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """timm's; Adam's step as one call for all parameters: an adapted ViT has 200 small ones."""
+    fused = config.opt in ("adam", "adamw") and config.amp_dtype != "float16"  # its gradients need unscaling first
+    options = {"fused": True} if fused else {}
+    return create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
+
+
 def train_and_test(
     config: RunConfig,
     data: ImageData,
@@ -153,7 +160,7 @@ def train_and_test(
         accelerator.init_trackers("nolora-vision", config={"config": json.dumps(as_plain(asdict(config)))})
     set_compute(model, accelerator.device.type, **compute_options(config))
     groups = param_groups(model, lr=config.lr or 0.0, head_lr=config.head_lr, weight_decay=config.weight_decay)
-    optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(config, groups)
     train, val = fit_loaders(config, images, data)
     scheduler = make_scheduler(config, optimizer, batches=len(train) // accelerator.num_processes)
     ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
