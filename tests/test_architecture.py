@@ -32,8 +32,8 @@ ROOMS = {
     "onnx": {"adapters/export.py"},
     "onnxruntime": {"adapters/export.py"},
     "onnxscript": {"adapters/export.py"},
-    "yaml": {"training/run_config.py"},
-    "pydantic": {"training/run_config.py"},
+    "yaml": {"training/config_file.py"},
+    "pydantic": {"training/config_file.py", "training/run_config.py"},
     "sklearn": {"training/sources.py"},
 }
 LONG_FUNCTIONS = {"fit": 70}

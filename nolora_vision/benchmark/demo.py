@@ -14,11 +14,12 @@ import tyro
 
 from nolora_vision import AdapterConfig
 from nolora_vision.training import figures
+from nolora_vision.training.config_file import as_plain, dump_run_config
 from nolora_vision.training.data import load_data
 from nolora_vision.training.progress import RunsProgress, print_columns
 from nolora_vision.training.record import environment, write_record
 from nolora_vision.training.run import run
-from nolora_vision.training.run_config import RunConfig, as_plain, dump_run_config
+from nolora_vision.training.run_config import RunConfig
 
 WHAT_THIS_IS = """\
 Real handwritten digits (scikit-learn's, 8×8 pixels), no network. Pretrained weights cannot be downloaded here, so a

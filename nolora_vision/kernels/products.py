@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 ONEDNN_FROM = 500_000
 """Numbers in the large factor of a thin product from which oneDNN's cost of a call is outweighed."""
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from nolora_vision import save_adapter, summary
 from nolora_vision.training import figures
+from nolora_vision.training.config_file import as_plain, dump_run_config
 from nolora_vision.training.data import ImageData
 from nolora_vision.training.engine import Evaluation, Fit
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.progress import print_table
 from nolora_vision.training.record import environment, peak_memory, write_atomic, write_record
-from nolora_vision.training.run_config import RunConfig, as_plain, dump_run_config
+from nolora_vision.training.run_config import RunConfig
 
 
 def make_folder(config: RunConfig, model_name: str, size: int) -> Path:

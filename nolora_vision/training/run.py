@@ -37,6 +37,7 @@ from nolora_vision.training.backbone import (
     set_compute,
     training_mode,
 )
+from nolora_vision.training.config_file import as_plain, parse_run_config
 from nolora_vision.training.data import ImageData
 from nolora_vision.training.engine import (
     Evaluation,
@@ -62,7 +63,7 @@ from nolora_vision.training.ingredients import (
     mixup_of,
 )
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
-from nolora_vision.training.run_config import RunConfig, as_plain, parse_run_config
+from nolora_vision.training.run_config import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:

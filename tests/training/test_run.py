@@ -10,8 +10,8 @@ import torch
 
 import nolora_vision
 from nolora_vision.training import run as run_module
+from nolora_vision.training.config_file import load_run_config
 from nolora_vision.training.run import main
-from nolora_vision.training.run_config import load_run_config
 
 SMALL = ["--model", "test_vit", "--dataset", "digits:5-9", "--img-size", "16", "--model-kwargs", "patch_size", "4"]
 SMALL += ["--workers", "0", "--max-train-samples", "64", "--max-eval-samples", "32", "--epochs", "2", "-b", "16"]

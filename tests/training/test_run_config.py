@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nolora_vision import AdapterConfig, ConfigError
-from nolora_vision.training.run_config import RunConfig, dump_run_config, load_run_config, parse_run_config
+from nolora_vision.training.config_file import dump_run_config, load_run_config, parse_run_config
+from nolora_vision.training.run_config import RunConfig
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
