@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ SPLIT_SEED = 0
 """Validation splits and evaluation subsets are the same for every run, whatever its seed."""
 TEST_SHARE = 0.2
 """Of a dataset that comes as one heap."""
+
+MakeCache = Callable[[int, int], ImageCache]
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def make_loader(
     seed: int = 0,
     augmentation: Mapping[str, Any] | None = None,
     cache_bytes: int = 0,
+    make_cache: MakeCache = ImageCache,
 ) -> DataLoader[Any]:
     """Batches of a split under timm's transform for the model.
 
@@ -166,11 +169,12 @@ def make_loader(
         data_config: of `timm.data.resolve_model_data_config`: input_size, mean, std, interpolation, crop_pct.
         augmentation: further arguments of `timm.data.create_transform`, for training.
         cache_bytes: of images to keep decoded at most, for all workers together; see `TransformedImages`.
+        make_cache: (images, bytes) → the cache: a new one, or one that other loaders have filled.
     """
     kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
     transform = create_transform(**kept, is_training=training, **(augmentation or {}))
     capacity = int(min(cache_bytes, cache_need(split, kept["input_size"], training=training)))
-    cache = ImageCache(len(split), capacity) if capacity else None
+    cache = make_cache(len(split), capacity) if capacity else None
     return DataLoader(
         TransformedImages(split, *fixed_and_random(transform, training=training), cache),
         batch_size=batch_size,

@@ -48,25 +48,37 @@ def make_folder(config: RunConfig, model_name: str, size: int) -> Path:
 
 
 def make_record(
-    config: RunConfig, data: ImageData, model: nn.Module, result: Fit, test: Evaluation, *, name: str, seconds: float
+    config: RunConfig,
+    data: ImageData,
+    model: nn.Module,
+    result: Fit,
+    test: Evaluation | None,
+    *,
+    name: str,
+    seconds: float,
 ) -> dict[str, Any]:
     """Everything that the run says of itself; units are in the names, rates count validation apart."""
     counts = summary(model)
+    tested = {}
+    if test is not None:
+        tested = {
+            "test_top1_percent": test.top1_percent,
+            "test_top5_percent": test.top5_percent,
+            "test_loss": test.loss,
+            "test_seconds": test.seconds,
+            "test_images_per_s": len(test.labels) / test.seconds,
+        }
     return {
         "method": config.method,
         "model": name,
         "dataset": dict(data.about),
         "metrics": {
-            "test_top1_percent": test.top1_percent,
-            "test_top5_percent": test.top5_percent,
-            "test_loss": test.loss,
+            **tested,
             "val_top1_percent": result.best_val_top1_percent,
             "best_epoch": result.best_epoch,
             "train_seconds": result.train_seconds,
-            "test_seconds": test.seconds,
             "total_seconds": seconds,
             "train_images_per_s": result.images_per_s,
-            "test_images_per_s": len(test.labels) / test.seconds,
             **peak_memory(),
         },
         "parameters": {
