@@ -169,10 +169,10 @@ def test_a_run_keeps_only_what_it_sees_again(photos: ImageData) -> None:
         return [0 if cache is None else cache.capacity for cache in caches]
 
     val = len(photos.val) * 3 * 32 * 32
-    assert capacities(photos, cache_images=1) == [2**20 - val, val]
-    assert capacities(photos, cache_images=1, epochs=1) == capacities(photos, cache_images="none") == [0, 0]
+    assert capacities(photos, cache_images=1) == [2**20 - val, val, 0]
+    assert capacities(photos, cache_images=1, epochs=1) == capacities(photos, cache_images="none") == [0, 0, 0]
     digits = load_data("digits", max_eval_samples=10)
-    assert capacities(digits, cache_images=1) == [0, 10 * 3 * 32 * 32]  # digits lie decoded in memory already
+    assert capacities(digits, cache_images=1) == [0, 10 * 3 * 32 * 32, 0]  # digits lie decoded in memory already
 
 
 def test_both_halves_of_a_transform_are_the_whole() -> None:
