@@ -24,9 +24,15 @@ def load_config_data(config: RunConfig) -> ImageData:
         val_split=config.val_split,
         max_train_samples=config.max_train_samples,
         max_eval_samples=config.max_eval_samples,
+        shots=config.shots,
+        train_fraction=config.train_fraction,
+        train_on=config.train_on,
+        splits=config.splits,
         image_key=config.image_key,
         label_key=config.label_key,
         revision=config.revision,
+        test_split=config.test_split,
+        vtab_root=config.vtab_root,
     )
 
 

@@ -149,7 +149,7 @@ def train_and_test(
     folder: Path,
     progress: Progress,
 ) -> tuple[Fit, Evaluation]:
-    """Fit, go back to the best epoch by validation, and score the test split once.
+    """Fit, go back to the epoch to keep, and score the test split once.
 
     Args:
         images: the preprocessing, from `data_config`.
@@ -183,6 +183,7 @@ def train_and_test(
             mixup=mixup,
             clip_grad=config.clip_grad,
             ema=ema,
+            keep_epoch=config.keep_epoch,
         )
     restore(model, result.best_state)
     test = accelerator.prepare(loader(config, images, data.test, training=False))
