@@ -23,7 +23,7 @@ class HubDataset:
 
 
 CORRUPTIONS = ("contrast", "gaussian_noise", "impulse_noise", "jpeg_compression", "motion_blur", "pixelate", "spatter")
-"""Altered copies of the test images of Stanford Cars, to be asked for by `--test-split`."""
+"""Altered copies of the test images of Stanford Cars, to be asked for by `--test-split`; downloaded with the others."""
 THREE = ("train", "validation", "test")
 
 REGISTRY: Mapping[str, HubDataset] = {

@@ -1,10 +1,13 @@
 """VTAB-1k: its tasks, both averages, and the community's layout on disk."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from nolora_vision.training import vtab
 from nolora_vision.training.data import load_data
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.vtab import VTAB_GROUPS, VTAB_TASKS, vtab_averages
@@ -29,6 +32,12 @@ def make_task(root: Path, task: str = "svhn", classes: int = 10) -> Path:
 def test_there_are_19_tasks_in_groups_of_7_4_and_8() -> None:
     assert [len(group) for group in VTAB_GROUPS.values()] == [7, 4, 8] and len(VTAB_TASKS) == 19
     assert sum(VTAB_TASKS.values()) == 940
+
+
+def test_a_report_gets_them_without_torch() -> None:
+    script = "import runpy, sys; sys.modules['torch'] = None; print(runpy.run_path(sys.argv[1])['vtab_averages'])"
+    done = subprocess.run([sys.executable, "-c", script, vtab.__file__], capture_output=True, text=True)
+    assert done.returncode == 0 and "function vtab_averages" in done.stdout, done.stderr
 
 
 def test_both_averages() -> None:
