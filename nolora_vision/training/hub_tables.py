@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import RevisionNotFoundError
 from PIL import Image
 
 from nolora_vision.training.errors import RunError, hub_advice
@@ -55,7 +56,8 @@ def fetch(hub_id: str, revision: str) -> Mapping[str, Any]:
     try:
         return datasets.load_dataset(hub_id, revision=revision)
     except datasets.exceptions.DatasetNotFoundError as error:
-        if isinstance(error.__cause__, (ConnectionError, OSError)):
+        absent = isinstance(error.__cause__, RevisionNotFoundError)
+        if isinstance(error.__cause__, (ConnectionError, OSError)) and not absent:
             raise hub_advice(f"Dataset {hub_id}", "dataset", error, instead=instead) from error
         raise RunError(
             f"Dataset {hub_id!r} does not exist on the Hub, or is private, or has no revision {revision!r}. Check its "
@@ -93,7 +95,7 @@ def read_files(files: Sequence[Path], root: Path) -> Mapping[str, Any]:
             f"{root} is no dataset: wanted a folder of images, a .parquet or .arrow file, or a .safetensors file made "
             f"by python -m nolora_vision.training.pack."
         )
-    roles = {file: role_of(file.stem) or role_of(file.parent.name) for file in files}
+    roles = {file: role_of(file.stem) or _role_of_folder(file, root) for file in files}
     by_split: dict[str, list[str]] = {}
     for file, role in roles.items():
         other = SHARD.sub("", file.stem) if any(roles.values()) else "train"
@@ -107,6 +109,10 @@ def read_files(files: Sequence[Path], root: Path) -> Mapping[str, Any]:
         }
     except Exception as error:
         raise RunError(f"{root} could not be read as {kind} ({type(error).__name__}: {error}).") from error
+
+
+def _role_of_folder(file: Path, root: Path) -> str | None:
+    return role_of(file.parent.name) if root in file.parent.parents else None  # the root's own name says nothing
 
 
 def tables_of(

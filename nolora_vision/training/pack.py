@@ -48,11 +48,7 @@ def pack(
         max_eval_samples: Keep this many validation and this many test images at most.
         val_split: Share of the training images held out for validation where a part is packed.
         seed: Of the draw of training images.
-        image_key: As in train.py.
-        label_key: As in train.py.
-        revision: As in train.py.
-        test_split: As in train.py.
-        vtab_root: As in train.py.
+        image_key: As in train.py, and so the others.
 
     Raises:
         RunError: if the dataset cannot be loaded, or the file cannot be written.
@@ -61,13 +57,13 @@ def pack(
         raise RunError(f"{output} must end in .safetensors, the one format of packed datasets.")
     if size != "original" and size < 1:
         raise RunError(f"--size must be original or at least 1 pixel, got {size}.")
-    where = {"image_key": image_key, "label_key": label_key, "revision": revision}
-    source: dict[str, Any] = {**where, "test_split": test_split, "vtab_root": vtab_root}
+    source: dict[str, Any] = {"image_key": image_key, "label_key": label_key, "revision": revision}
+    source |= {"test_split": test_split, "vtab_root": vtab_root}
     if max_train_samples is None and max_eval_samples is None:
         tables, about = load_tables(dataset, **source)
     else:
-        part = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
-        tables, about = _part(dataset, seed=seed, val_split=val_split, **part, **source)
+        source |= {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
+        tables, about = _part(dataset, seed=seed, val_split=val_split, **source)
     made = {"size": size, "dataset": dataset, "nolora-vision": version("nolora-vision"), "pillow": PIL.__version__}
     write_packed(output, tables, {**about, "packed": made}, size=None if size == "original" else size)
     return output

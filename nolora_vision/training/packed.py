@@ -37,11 +37,12 @@ def write_packed(path: Path, tables: Mapping[str, Table], about: Mapping[str, An
         tensors[f"{role}.labels"] = np.asarray(table.labels, np.int64)
         tensors |= {f"{role}.{key}": value for key, value in _pack_images(table, size).items()}
     facts = {
+        "format_version": FORMAT_VERSION,
         "about": dict(about),
         "class_names": tables["train"].class_names,
         "names": {role: table.name for role, table in tables.items()},
     }
-    metadata = {"kind": KIND, "format_version": str(FORMAT_VERSION), "facts": json.dumps(facts, ensure_ascii=False)}
+    metadata = {KIND: json.dumps(facts, ensure_ascii=False)}  # one entry: safetensors writes several in any order
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.touch()
@@ -65,12 +66,11 @@ def read_packed(path: Path) -> tuple[dict[str, Table], dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("kind") != KIND:
+            if KIND not in metadata:
                 raise RunError(f"{path} is a safetensors file, but holds no packed dataset. {remedy}")
-            if metadata["format_version"] != str(FORMAT_VERSION):
-                version = metadata["format_version"]
+            facts = json.loads(metadata[KIND])
+            if (version := facts["format_version"]) != FORMAT_VERSION:
                 raise RunError(f"{path} has format {version}; this version reads {FORMAT_VERSION}. {remedy}")
-            facts = json.loads(metadata["facts"])
             classes = tuple(facts["class_names"])
             tables = {role: _table(path, file, role, name, classes) for role, name in facts["names"].items()}
             return tables, facts["about"]

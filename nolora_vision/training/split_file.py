@@ -87,6 +87,8 @@ def rows_from_text(text: str) -> np.ndarray:
         if not match:
             raise ValueError(f"no row numbers: {part!r}")
         first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"row numbers out of order: {part!r}")
         rows.append(np.arange(first, last + 1))
     found = np.concatenate(rows)
     if (np.diff(found) <= 0).any():

@@ -145,8 +145,10 @@ def test_wrong_class_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_tables, "fetch", lambda *_: copy)
     with pytest.raises(RunError, match="should have 10 classes, this copy has 2 in its column 'label'"):
         load_data("cifar10")
-    assert load_data("uoft-cs/cifar10").class_names == ("cat", "dog")
-    assert load_data("cifar100", label_key="label").about["id"] == "uoft-cs/cifar100"  # asked for, so not refused
+    assert load_data("uoft-cs/cifar10", val_split=0.5).class_names == ("cat", "dog")
+    assert (
+        load_data("cifar100", image_key="img", label_key="label", val_split=0.5).about["id"] == "uoft-cs/cifar100"
+    )  # asked for, so not refused
 
 
 def test_a_folder_with_a_known_name_is_not_guessed_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,19 +204,20 @@ def test_what_cannot_be_packed_is_said(tmp_path: Path, capsys: Any, args: list[s
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def metadata(**changes: str) -> dict[str, str]:
-    facts = {"about": {}, "class_names": ["a", "b"], "names": {"train": "train"}}
-    return {"kind": packed.KIND, "format_version": "1", "facts": json.dumps(facts), **changes}
+def metadata(**changes: Any) -> dict[str, str]:
+    facts = {"format_version": 1, "about": {}, "class_names": ["a", "b"], "names": {"train": "train"}}
+    return {packed.KIND: json.dumps({**facts, **changes})}
 
 
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (metadata(kind="other"), "is a safetensors file, but holds no packed dataset. Make one with python -m"),
-        (metadata(format_version="2"), "has format 2; this version reads 1"),
-        (metadata(facts="[]"), "is no packed dataset, or damaged .TypeError"),
+        ({"kind": "other"}, "is a safetensors file, but holds no packed dataset. Make one with python -m"),
+        (metadata(format_version=2), "has format 2; this version reads 1"),
+        ({packed.KIND: "[]"}, "is no packed dataset, or damaged .TypeError"),
+        ({packed.KIND: "{"}, "is no packed dataset, or damaged .JSONDecodeError"),
         (metadata(), "is no packed dataset, or damaged .ValueError: 3 labels of 2 images"),
-        (metadata(facts='{"about": {}, "class_names": ["a"], "names": {"train": "x"}}'), "labels"),
+        (metadata(names={"test": "x"}), "is no packed dataset, or damaged .SafetensorError"),
     ],
 )
 def test_other_safetensors_files_are_refused(tmp_path: Path, contents: dict[str, str], message: str) -> None:

@@ -51,8 +51,8 @@ def test_exactly_the_same_rows_again(tmp_path: Path) -> None:
     assert set(final.train.rows) == set(first.train.rows) | set(first.val.rows)
 
 
-def facts(of: str, **changes: Any) -> Any:
-    return lambda contents: contents["splits"][of].update(changes)
+def facts(role: str, **changes: Any) -> Any:
+    return lambda contents: contents["splits"][role].update(changes)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def facts(of: str, **changes: Any) -> Any:
         (facts("train", of_rows=7), "was made of 7 rows of the split 'train', which has 1,442 here"),
         (facts("val", of_fingerprint="0"), "was made of other data: the labels or class names of the split 'train'"),
         (facts("test", of="contrast"), "test split is of the dataset's split 'contrast'; loaded are train, test"),
-        (facts("test", rows="0-999"), "its test split names rows beyond the data's 355"),
+        (facts("test", rows="0-999"), "its test split names rows beyond the 355 of the data"),
         (facts("val", rows="0-1441"), "its train and val splits share 20 rows"),
         (facts("val", rows=[1, 2]), "is no split file"),
         (facts("val", rows="a"), "is no split file .ValueError: no row numbers: 'a'"),
