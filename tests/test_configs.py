@@ -8,7 +8,7 @@ import torch
 from nolora_vision import summary
 from nolora_vision.training.backbone import apply_method, build_model
 from nolora_vision.training.config_file import load_run_config
-from nolora_vision.training.sources import REGISTRY
+from nolora_vision.training.registry import REGISTRY
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

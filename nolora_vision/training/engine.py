@@ -48,7 +48,7 @@ class Evaluation:
 
 @dataclass
 class Fit:
-    """What training gave: the best weights by validation, and its history."""
+    """What training gave: the weights of its best epoch by validation, or of its last one, and its history."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = -1
@@ -132,14 +132,16 @@ def fit(
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     clip_grad: float | None = None,
     ema: Any | None = None,
+    keep_epoch: str = "best",
 ) -> Fit:
-    """Train for some epochs, validating after each; nothing is kept but the best epoch's trainable weights.
+    """Train for some epochs, validating after each; nothing is kept but the trainable weights of one epoch.
 
     Args:
         scheduler: with `step_update(updates)`, once for each optimizer step, as timm's.
         set_training_mode: puts the bare model in training mode.
         mixup: of timm, on a batch and its labels.
         ema: a moving average of the bare model with `update(model)` and `.module`, which is validated instead.
+        keep_epoch: the best by validation, or the last.
 
     Raises:
         RunError: if the loss is not finite.
@@ -167,21 +169,19 @@ def fit(
                 scheduler.step_update(updates)
                 if ema is not None:
                     ema.update(bare, step=updates)
-            n = len(labels)
-            total, seen = total + value * n, seen + n
+            total, seen = total + value * len(labels), seen + len(labels)
             right += int((logits.detach().argmax(-1) == labels).sum())
             rate = seen * accelerator.num_processes / (time.perf_counter() - started)
             progress.step(loss=total / seen, top1=100 * right / seen, images_per_s=rate)
         seconds = time.perf_counter() - started
         result.train_seconds += seconds
         result.images_seen += seen * accelerator.num_processes
-        judged = model if ema is None else ema.module
-        scores = evaluate(judged, val, accelerator=accelerator)
+        scores = evaluate(model if ema is None else ema.module, val, accelerator=accelerator)
         row = {"epoch": epoch + 1, "train_loss": total / seen, "train_top1_percent": 100 * right / seen}
         row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent, "lr": optimizer.param_groups[0]["lr"]}
         row |= {"train_seconds": seconds, "images_per_s": seen * accelerator.num_processes / seconds}
         result.history.append(row)
-        if scores.top1_percent > result.best_val_top1_percent:
+        if keep_epoch == "last" or scores.top1_percent > result.best_val_top1_percent:
             result.best_epoch, result.best_val_top1_percent = epoch + 1, scores.top1_percent
             result.best_state = trained_copy(bare, bare if ema is None else ema.module)
         progress.end_epoch(row)

@@ -15,7 +15,10 @@ from nolora_vision.training.data import ImageData, MakeCache, Split, cache_need,
 from nolora_vision.training.image_cache import ImageCache, cache_budget
 from nolora_vision.training.run_config import RunConfig
 
-SUBSET_FIELDS = ("seed", "val_split", "max_train_samples", "max_eval_samples", "image_key", "label_key", "revision")
+SUBSET_FIELDS = (
+    *("seed", "val_split", "max_train_samples", "max_eval_samples", "shots", "train_fraction", "train_on", "splits"),
+    *("image_key", "label_key", "revision", "test_split", "vtab_root"),
+)
 DATA_FIELDS = ("dataset", *SUBSET_FIELDS)
 """Fields of RunConfig that decide which images a run sees."""
 MODEL_OPTIONS = ("pretrained_path", "img_size", "drop_path", "grad_checkpointing", "model_kwargs")

@@ -166,7 +166,7 @@ def train_and_test(
     *,
     score_test: bool = True,
 ) -> tuple[Fit, Evaluation | None]:
-    """Fit, go back to the best epoch by validation, and score the test split once, or not at all.
+    """Fit, go back to the epoch to keep, and score the test split once, or not at all.
 
     Args:
         loaders: of `run_loaders`: training, validation, test.
@@ -200,6 +200,7 @@ def train_and_test(
             mixup=mixup,
             clip_grad=config.clip_grad,
             ema=ema,
+            keep_epoch=config.keep_epoch,
         )
     restore(model, result.best_state)
     scores = None

@@ -24,7 +24,8 @@ class RunConfig:
     model: str = "vit_base_patch16_224"
     """Name of a timm model, with or without its pretrained tag."""
     dataset: str = "cifar100"
-    """cifar10, cifar100, digits (or digits:5-9), a Hugging Face dataset id, or a local folder or file."""
+    """cifar10, cifar100, pets, cars, dtd, eurosat, aircraft, resisc45, food101, flowers102, beans, digits (or
+    digits:5-9), vtab:TASK, a Hugging Face dataset id, or a local folder or file."""
     method: Literal["nolora", "lora", "linear", "full"] = "nolora"
     """What trains: nonlinear adapters, linear ones, the classifier alone, or everything."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -68,6 +69,8 @@ class RunConfig:
     """CutMix alpha; 0 is off."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
+    keep_epoch: Literal["best", "last"] = "best"
+    """Epoch whose weights are kept and tested: the best by validation, or the last."""
     model_ema: bool = False
     """Also keep a moving average of the trained weights, and evaluate that."""
     model_ema_decay: float = 0.999
@@ -88,13 +91,26 @@ class RunConfig:
     label_key: str | None = None
     """Column of the labels; None finds it."""
     revision: str | None = None
-    """Revision of a Hub dataset."""
+    """Branch, tag or commit of a Hub dataset; None takes main. The record says which commit that was."""
+    test_split: str | None = None
+    """The dataset's own name of the split to test on, such as contrast of cars; None takes its test split."""
+    vtab_root: Path | None = None
+    """Folder with VTAB-1k's tasks, for vtab:TASK: each with train800.txt, val200.txt, test.txt and its images."""
     val_split: float = 0.1
     """Share of the training images held out where the dataset has no validation split."""
     max_train_samples: int | None = None
     """Train on this many images at most, drawn by the seed."""
     max_eval_samples: int | None = None
-    """Validate and test on this many images at most each, drawn by the seed."""
+    """Validate and test on this many images at most each, the same for every seed."""
+    shots: int | None = None
+    """Train on this many images of each class, drawn by the seed."""
+    train_fraction: float | None = None
+    """Train on this share of the images of each class, drawn by the seed."""
+    train_on: Literal["train", "train_val"] = "train"
+    """Training images, or in a final run also the validation images (VTAB-1k's train800val200): their score is then
+    none, so it needs keep_epoch last."""
+    splits: Path | None = None
+    """A splits.json of another run: train, validate and test on exactly its images."""
 
     amp_dtype: Literal["none", "bfloat16", "float16"] = "none"
     """Compute in this type under autocast."""
@@ -129,10 +145,10 @@ class RunConfig:
     """On an error, show the whole traceback."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output))
-        if self.pretrained_path is not None:
-            object.__setattr__(self, "pretrained_path", Path(self.pretrained_path))
-        problems = list(_range_problems(self))
+        for name in ("output", "pretrained_path", "vtab_root", "splits"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        problems = [*_range_problems(self), *_split_problems(self)]
         if self.eval_only and self.adapter_dir is None:
             problems.append("eval_only needs the adapter to test: --adapter DIR.")
         if self.pretrained_path is not None and self.pretrained_path.suffix != ".safetensors":
@@ -176,7 +192,7 @@ DEFAULT_LR = {"nolora": 2e-3, "lora": 2e-3, "linear": 2e-3, "full": 1e-4}
 
 _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),
-    **dict.fromkeys(("max_train_samples", "max_eval_samples"), 1),
+    **dict.fromkeys(("max_train_samples", "max_eval_samples", "shots"), 1),
     **dict.fromkeys(("lr", "head_lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix"), 0),
     **dict.fromkeys(("workers", "seed"), 0),
 }
@@ -196,6 +212,20 @@ def _range_problems(config: RunConfig) -> Iterable[str]:
         yield f"cache_images must be auto, none or at least 1 MiB, got {config.cache_images}."
     if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
         yield f"crop_pct must be in (0, 1], got {config.crop_pct}."
+    if config.train_fraction is not None and not 0 < config.train_fraction <= 1:
+        yield f"train_fraction must be in (0, 1], got {config.train_fraction}."
     for value in config.scale:
         if not 0 < value <= 1:
             yield f"scale must be fractions of the image in (0, 1], got {value}."
+
+
+def _split_problems(config: RunConfig) -> Iterable[str]:
+    draws = [name for name in ("max_train_samples", "shots", "train_fraction") if getattr(config, name) is not None]
+    if len(draws) > 1:
+        yield f"{' and '.join(draws)} each choose the training images: give one of them."
+    if config.max_eval_samples is not None:
+        draws.append("max_eval_samples")
+    if config.splits is not None and draws:
+        yield f"splits says which images to take, so {' and '.join(draws)} can't: give --splits or that."
+    if config.train_on == "train_val" and config.keep_epoch == "best" and not config.eval_only:
+        yield "train_on train_val trains on the validation images, so they can't choose an epoch: set keep_epoch last."
