@@ -1,4 +1,4 @@
-"""The figures of a report: curves with labels at their ends, bars of differences, learned nonlinearities; all one style"""
+"""The figures of a report: curves labelled at their ends, bars of differences, learned nonlinearities; in one style"""
 
 from __future__ import annotations
 
@@ -63,12 +63,14 @@ class Look:
 def _panels(count: int, *, width: float = WIDTH, height: float = HEIGHT, columns: int = COLUMNS) -> Iterator[Any]:
     """A figure of so many axes, in the report's style; (figure, axes)."""
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(columns, count)
     lines = -(-count // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+        FigureCanvasAgg(figure)  # measures texts
         grid = figure.subplots(lines, columns, squeeze=False)
         for axis in grid.flat[count:]:
             axis.set_visible(False)
@@ -137,7 +139,7 @@ def _count(x: float) -> str:
 
 def _label(axis: Any, at: tuple[float, float], text: str, colour: str, places: Sequence[Any], taken: list[Any]) -> None:
     """The text at the first of the places where it covers no other text; a thin line leads to it from afar."""
-    renderer = axis.figure.canvas.get_renderer() if hasattr(axis.figure.canvas, "get_renderer") else None
+    renderer = axis.figure.canvas.get_renderer()
     frame = axis.get_window_extent(renderer)
     for i, (dx, dy) in enumerate(places):
         side = "left" if dx > 0 else "right" if dx < 0 else "center"
@@ -147,7 +149,7 @@ def _label(axis: Any, at: tuple[float, float], text: str, colour: str, places: S
             arrowprops=arrow if abs(dy) > 14 else None,
         )  # fmt: skip
         note.set_in_layout(False)
-        box = note.get_window_extent(renderer) if not note.arrow_patch else _text_box(note, renderer)
+        box = _text_box(note, renderer)
         inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 30 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 12
         if (inside and not any(box.overlaps(other) for other in taken)) or i == len(places) - 1:
             taken.append(box)
@@ -205,8 +207,7 @@ def functions_figure(functions: Mapping[str, Any]) -> Any:
                 for values in row["after"]:
                     axis.plot(found["h"], values, color=colour, linewidth=0.5, alpha=0.5)
             if (before := next((row["before"] for row in found["rows"] if row["before"]), None)) is not None:
-                axis.plot(found["h"], before, "--", color=INK, linewidth=1.5)
-                axis.plot([], [], "--", color=INK, linewidth=1.5, label="before training")
+                axis.plot(found["h"], before, "--", color=INK, linewidth=1.5, label="before training")
                 axis.legend(frameon=False, fontsize=8, loc="upper left")
             axis.set_title(label)
             axis.set(xlabel="h = (A x)ᵢ", ylabel="f(h)")

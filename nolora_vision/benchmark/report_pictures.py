@@ -45,27 +45,24 @@ def draw_pictures(report: Report, folder: Path) -> list[Picture]:
 
 
 def figures_of(report: Report) -> Iterator[Drawn]:
-    """The figures in the report's order."""
-    look, cells, baseline = report_figures.Look(report.labels), report.comparisons, report.results.baseline
-    if bars := curves.difference_bars(cells):
-        caption = f"{SEEDS} Grey: the interval includes 0, or there is none."
-        yield "differences", f"Difference to {baseline}", caption, report_figures.differences_figure(bars, baseline)
-    yield from _accuracies(cells, look)
-    for axis in dict.fromkeys(axis for sweep in report.results.sweeps for axis in sweep.choose_axes):
-        if panels := curves.by_learning_rate(cells, axis):
-            words = axis.replace("_", " ")
-            caption = (
-                f"Choose phase, the other chosen axes at their best for each {words}; a ring marks the best. {SEEDS}"
-            )
-            name, title = f"choose_{axis.replace('.', '_')}", f"Validation accuracy by {words}"
-            labels = {"xlabel": words, "ylabel": "validation top-1 (%)", "scale": "log10"}
-            yield name, title, caption, report_figures.curves_figure(panels, look, **labels)
+    """The figures in the report's order, one model after the other."""
+    look = report_figures.Look(report.labels)
+    models = list(dict.fromkeys(comparison.cell.model for comparison in report.comparisons))
+    for i, model in enumerate(models):
+        cells = [comparison for comparison in report.comparisons if comparison.cell.model == model]
+        axes = dict.fromkeys(axis for sweep in report.results.sweeps for axis in sweep.choose_axes)
+        for name, title, caption, figure in _figures_of_model(cells, look, tuple(axes)):
+            yield f"{name}_{i + 1}" if len(models) > 1 else name, f"{title} · {model}", caption, figure
     if functions := learned_functions(report.results.runs):
         caption = "One run of each method: a line for each rank unit of each block, from the first (dark) to the last."
         yield "learned_functions", "Learned nonlinearities", caption, report_figures.functions_figure(functions)
 
 
-def _accuracies(cells: Sequence[Comparison], look: report_figures.Look) -> Iterator[Drawn]:
+def _figures_of_model(cells: Sequence[Comparison], look: report_figures.Look, axes: Sequence[str]) -> Iterator[Drawn]:
+    baseline = cells[0].baseline
+    if bars := curves.difference_bars(cells):
+        caption = f"{SEEDS} Grey: the interval includes 0, or there is none."
+        yield "differences", f"Difference to {baseline}", caption, report_figures.differences_figure(bars, baseline)
     for name, title, panels, xlabel, scale in (
         ("accuracy_by_parameters", "Accuracy against parameters", curves.by_parameters(cells),
          "trained parameters, without the head", "parameters"),
@@ -75,6 +72,15 @@ def _accuracies(cells: Sequence[Comparison], look: report_figures.Look) -> Itera
         if panels:
             labels = {"xlabel": xlabel, "ylabel": "test top-1 (%)", "scale": scale}
             yield name, title, SEEDS, report_figures.curves_figure(panels, look, **labels)
+    for axis in axes:
+        if panels := curves.by_learning_rate(cells, axis):
+            words = axis.replace("_", " ")
+            caption = (
+                f"Choose phase, the other chosen axes at their best for each {words}; a ring marks the best. {SEEDS}"
+            )
+            labels = {"xlabel": words, "ylabel": "validation top-1 (%)", "scale": "log10"}
+            figure = report_figures.curves_figure(panels, look, **labels)
+            yield f"choose_{axis.replace('.', '_')}", f"Validation accuracy by {words}", caption, figure
 
 
 def learned_functions(runs: Sequence[Run]) -> dict[str, Any]:

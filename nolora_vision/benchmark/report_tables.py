@@ -97,7 +97,7 @@ def cell_table(comparison: Comparison, title: str = "") -> Table:
         *((name.replace("_", " "), _chosen_value(name)) for name in axes),
         ("validation top-1 (%)", lambda o: number(o.average("metrics", "val_top1_percent"), ".2f")),
         ("test top-1 (%)", lambda o: mean_and_spread(list(o.tests.values()))),
-        ("seeds", lambda o: number(len(o.tests) or None, "d")),
+        ("seeds", lambda o: number(len(o.tests) or None, ".0f")),
         (
             f"minus {comparison.baseline} ({LEVEL:.0%} interval)".replace("%", " %"),
             lambda o: difference_value(o.difference),
@@ -163,8 +163,8 @@ def multiplicity(differences: Sequence[Difference], subject: str) -> str:
     if n < 2:
         return f"{text}."
     return (
-        f"{text}: {shown} of the intervals {'excludes' if shown == 1 else 'exclude'} 0, where {n * (1 - LEVEL):.1f} would "
-        f"by chance if no method differed; "
+        f"{text}: {shown} of the intervals {'excludes' if shown == 1 else 'exclude'} 0, where {n * (1 - LEVEL):.1f} "
+        "would by chance if no method differed; "
         f"{strict} still {'does' if strict == 1 else 'do'} after Bonferroni's correction for {n}."
     )
 

@@ -1,4 +1,4 @@
-"""What sweeps left behind: their runs and what they chose, read from disk; a damaged file becomes a warning, no crash"""
+"""What sweeps left behind: their runs and what they chose, read from disk; a damaged file is a warning, no crash"""
 
 from __future__ import annotations
 
