@@ -76,13 +76,15 @@ def write_report(results_dirs: Sequence[Path], *, output: Path | None = None) ->
 def markdown(report: Report, pictures: Sequence[Picture]) -> str:
     """The report as Markdown, its figures beside it."""
     parts = [f"# {report.title}", report.description, *report.summary]
-    parts += ["\n".join(f"- {line}" for line in (*report.shown, *report.others)), RULE]
+    parts += ["\n".join(f"- {line}" for line in report.by_method or report.in_words), RULE]
     if pictures:
         parts.append("## Figures")
     for picture in pictures:
         parts += [f"![{picture.title}]({picture.file})", f"{picture.title}. {picture.caption}"]
     for section in report.sections:
         parts += [f"## {section.title}", *(_markdown_table(table) for table in section.tables)]
+    if report.by_method:
+        parts += ["## All comparisons in words", "\n".join(f"- {line}" for line in report.in_words)]
     parts += ["## Provenance", _markdown_table(report.provenance, heading=False)]
     if report.warnings:
         parts += ["## Warnings", "\n".join(f"- {line}" for line in report.warnings)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nolora_vision.benchmark.comparison import Comparison, Outcome, compare, method_order
-from nolora_vision.benchmark.intervals import Difference, in_words
+from nolora_vision.benchmark.intervals import Difference, in_words, signed
 from nolora_vision.benchmark.paper_tables import paper_tables
 from nolora_vision.benchmark.published import dataset_title
 from nolora_vision.benchmark.report_tables import (
@@ -21,6 +21,8 @@ from nolora_vision.benchmark.report_tables import (
 )
 from nolora_vision.benchmark.results import Results, Run
 
+FEW = 12
+"""Up to so many comparisons are written out at the top; of more there is a sentence for each method."""
 RULE = (
     "Differences are paired by seed, with Student's 95 % interval over the seeds. “Higher” or “lower” stands only "
     "where the interval excludes 0; otherwise no difference is shown, which is not the same as none. Learning rates "
@@ -44,10 +46,10 @@ class Report:
     description: str
     summary: tuple[str, ...]
     """How much was compared, and what it shows."""
-    shown: tuple[str, ...]
-    """Comparisons whose interval excludes 0."""
-    others: tuple[str, ...]
-    """All other comparisons."""
+    by_method: tuple[str, ...]
+    """Where a method is higher, lower, or not shown to differ; empty where few comparisons say it all."""
+    in_words: tuple[str, ...]
+    """Every comparison, those whose interval excludes 0 first."""
     sections: tuple[Section, ...]
     provenance: Table
     warnings: tuple[str, ...]
@@ -61,9 +63,9 @@ def build_report(results: Results) -> Report:
     """Compare all methods of the results and put it into words and tables."""
     comparisons, warnings = compare(results)
     compared = [(c, o, d) for c in comparisons for o, d in c.differences]
-    lines = {True: [], False: []}
-    for comparison, outcome, difference in compared:
-        lines[difference.excludes_zero()].append(sentence(comparison, outcome, difference))
+    compared.sort(key=lambda item: not item[2].excludes_zero())
+    one_model = len({comparison.cell.model for comparison in comparisons}) == 1
+    words = tuple(sentence(*item, with_model=not one_model) for item in compared)
     sections = (
         Section("Across datasets", tuple(across_datasets(comparisons))),
         Section("Beside the papers", tuple(paper_tables(comparisons))),
@@ -74,8 +76,8 @@ def build_report(results: Results) -> Report:
         title=", ".join(dict.fromkeys(sweep.name for sweep in results.sweeps)),
         description=" ".join(dict.fromkeys(sweep.description for sweep in results.sweeps if sweep.description)),
         summary=tuple(summary(results, comparisons, [difference for *_, difference in compared])),
-        shown=tuple(lines[True]),
-        others=tuple(lines[False]),
+        by_method=tuple(method_sentences(compared)) if len(words) > FEW else (),
+        in_words=words,
         sections=tuple(section for section in sections if section.tables),
         provenance=provenance(results),
         warnings=(*results.warnings, *warnings),
@@ -85,11 +87,25 @@ def build_report(results: Results) -> Report:
     )
 
 
-def sentence(comparison: Comparison, outcome: Outcome, difference: Difference) -> str:
+def sentence(comparison: Comparison, outcome: Outcome, difference: Difference, *, with_model: bool) -> str:
     """swish gate minus lora on CIFAR-10, rank 8, 1,000 training images: +0.30 points (…), 5 seeds: …."""
     cell = comparison.cell
-    where = ", ".join(part for part in (dataset_title(cell.dataset), cell.model, cell.conditions) if part)
+    parts = (dataset_title(cell.dataset), cell.model * with_model, cell.conditions)
+    where = ", ".join(part for part in parts if part)
     return f"{outcome.label} minus {comparison.baseline} on {where}: {in_words(difference)}."
+
+
+def method_sentences(compared: Sequence[tuple[Comparison, Outcome, Difference]]) -> Iterable[str]:
+    """For each method in how many cells it is higher, lower, or not shown to differ, and from where to where."""
+    for label in dict.fromkeys(outcome.label for _, outcome, _ in compared):
+        found = [(c, d) for c, outcome, d in compared if outcome.label == label]
+        means = sorted(difference.mean for _, difference in found)
+        signs = Counter((d.mean > 0) - (d.mean < 0) for _, d in found if d.excludes_zero())
+        yield (
+            f"{label} minus {found[0][0].baseline}: higher in {signs[1]} of {_count(len(found), 'cell')}, lower in "
+            f"{signs[-1]}, no difference shown in {len(found) - signs[1] - signs[-1]}; "
+            f"means from {signed(means[0])} to {signed(means[-1])} points."
+        )
 
 
 def summary(results: Results, comparisons: Sequence[Comparison], differences: Sequence[Difference]) -> Iterable[str]:
@@ -153,7 +169,7 @@ def provenance(results: Results) -> Table:
     notes = []
     if any(_commit(run.record.get("environment") or {}).endswith("+") for run in results.runs):
         notes.append("+ marks a commit whose files had been changed.")
-    return make_table("Provenance", columns, rows, notes=notes)
+    return make_table("Where the numbers come from", columns, rows, notes=notes)
 
 
 def _commit(environment: Mapping[str, Any]) -> str:

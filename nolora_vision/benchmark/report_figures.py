@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nolora_vision.benchmark.curves import Curve, Panel
-from nolora_vision.benchmark.intervals import signed
+from nolora_vision.benchmark.curves import BarPanel, Curve, Panel
+from nolora_vision.benchmark.intervals import Difference, signed
 
 INK = "#16181d"
 """Text, axes and the baseline; the page may put its own colour in its place."""
+HIGHER, LOWER, NOT_SHOWN = "#0072B2", "#D55E00", "#9aa0aa"
 COLOURS = (INK, "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
 """Okabe and Ito's, told apart by most colour-blind people; yellow, which white swallows, is an olive brown."""
 MARKERS = "osD^vPX*"
@@ -28,9 +29,11 @@ STYLE: Any = {
 WIDTH, HEIGHT, COLUMNS = 5.0, 3.7, 2
 FEWEST_FOR_INTERVALS = 3
 """With two seeds Student's interval is 9 deviations wide and hides all else: the seeds themselves are drawn alone."""
-LINE_ENDS = tuple((7, dy) for step in range(9) for dy in ((0,) if not step else (9 * step, -9 * step)))
-AROUND = ((7, 0), (0, 10), (0, -10), (-7, 0), *((7, dy) for step in range(2, 8) for dy in (9 * step, -9 * step)))
-"""Where a label may stand, in points from what it names; the first free place is taken."""
+LABEL_SIZE, LABEL_GAP = 8.5, 11.0
+"""Of the labels at the ends of curves, and the least distance between two of them, in points."""
+OUTLYING = 1.5
+"""A curve that ends up so many times the others' range below them is named at the edge, not drawn: it would flatten all
+others."""
 
 
 def matplotlib_installed() -> bool:
@@ -84,20 +87,35 @@ def curves_figure(panels: Sequence[Panel], look: Look, *, xlabel: str, ylabel: s
         scale: log10, log2, or parameters: log10 with a place for 0.
     """
     with _panels(len(panels)) as (figure, axes):
+        drawn = []
         for axis, panel in zip(axes, panels, strict=True):
-            for curve in panel.curves:
+            low = far_below(panel.curves)
+            drawn.append([curve for curve in panel.curves if curve not in low])
+            for curve in drawn[-1]:
                 _draw_curve(axis, curve, look)
-            _set_scale(axis, [point.x for curve in panel.curves for point in curve.points], scale)
+            _set_scale(axis, [point.x for curve in drawn[-1] for point in curve.points], scale)
             axis.set_title(panel.title, wrap=True)
             axis.set(xlabel=xlabel, ylabel=ylabel)
+            for i, curve in enumerate(low):
+                text, place = f"↓ {curve.label} {max(p.mean for p in curve.points):.1f}", (0.02, 0.03 + 0.06 * i)
+                colour = look.of(curve.label)["color"]
+                axis.text(*place, text, transform=axis.transAxes, color=colour, fontsize=LABEL_SIZE)
         figure.draw_without_rendering()  # only now do the axes have their places
-        for axis, panel in zip(axes, panels, strict=True):
-            places = AROUND if scale == "parameters" else LINE_ENDS
-            taken: list[Any] = []
-            for curve in sorted(panel.curves, key=lambda c: -c.points[-1].mean):
-                end = curve.points[-1]
-                _label(axis, (end.x, end.mean), curve.label, look.of(curve.label)["color"], places, taken)
+        for axis, curves in zip(axes, drawn, strict=True):
+            _label_ends(axis, curves, look)
     return figure
+
+
+def far_below(curves: Sequence[Curve]) -> list[Curve]:
+    """Curves whose best mean is far below those of all others, of which there are at least three."""
+    best = {curve.label: max(point.mean for point in curve.points) for curve in curves}
+    low: list[Curve] = []
+    for curve in sorted(curves, key=lambda c: best[c.label]):
+        others = [best[c.label] for c in curves if c is not curve and c not in low]
+        if len(others) < 3 or best[curve.label] > min(others) - max(OUTLYING * (max(others) - min(others)), 1):
+            break
+        low.append(curve)
+    return low
 
 
 def _draw_curve(axis: Any, curve: Curve, look: Look) -> None:
@@ -123,11 +141,11 @@ def _set_scale(axis: Any, xs: Sequence[float], scale: str) -> None:
         room = (high / low) ** 0.08 if high > low else 2
         axis.set_xlim(low / room, high * room)
     axis.set_xlim(right=high * (max(high / low, 10) ** 0.45))  # the labels stand there
-    if scale != "parameters" and len(set(xs)) <= 8:
-        axis.set_xticks(sorted(set(xs)), [f"{x:,g}" if x < 1e6 else f"{x:,.0f}" for x in sorted(set(xs))])
-        axis.xaxis.set_minor_locator(NullLocator())
-    elif scale == "parameters":
+    if scale == "parameters" or len(set(xs)) > 8:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count(x)))
+    else:
+        axis.set_xticks(sorted(set(xs)), [f"{x:g}" if x < 1000 else f"{x:,.0f}" for x in sorted(set(xs))])
+        axis.xaxis.set_minor_locator(NullLocator())
 
 
 def _count(x: float) -> str:
@@ -137,54 +155,55 @@ def _count(x: float) -> str:
     return f"{x:g}"
 
 
-def _label(axis: Any, at: tuple[float, float], text: str, colour: str, places: Sequence[Any], taken: list[Any]) -> None:
-    """The text at the first of the places where it covers no other text; a thin line leads to it from afar."""
-    renderer = axis.figure.canvas.get_renderer()
-    frame = axis.get_window_extent(renderer)
-    for i, (dx, dy) in enumerate(places):
-        side = "left" if dx > 0 else "right" if dx < 0 else "center"
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkB": 2}
-        note = axis.annotate(
-            text, at, (dx, dy), textcoords="offset points", ha=side, va="center", color=colour, fontsize=8.5,
-            arrowprops=arrow if abs(dy) > 14 else None,
-        )  # fmt: skip
-        note.set_in_layout(False)
-        box = _text_box(note, renderer)
-        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 30 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 12
-        if (inside and not any(box.overlaps(other) for other in taken)) or i == len(places) - 1:
-            taken.append(box)
-            return
-        note.remove()
+def _label_ends(axis: Any, curves: Sequence[Curve], look: Look) -> None:
+    """Each curve's name right of its end; where ends are close, the names stand in one column, in their order."""
+    point = axis.figure.dpi / 72
+    places = ((axis.transData.transform((c.points[-1].x, c.points[-1].mean)), c.label) for c in curves)
+    ends = sorted((float(x), float(y), label) for (x, y), label in places)
+    columns: list[list[tuple[float, float, str]]] = []
+    for end in ends:
+        if columns and end[0] - columns[-1][-1][0] < 45 * point:
+            columns[-1].append(end)
+        else:
+            columns.append([end])
+    for column in columns:
+        column.sort(key=lambda end: end[1])
+        right = max(x for x, _, _ in column) + 9 * point
+        heights = spread([y for _, y, _ in column], LABEL_GAP * point)
+        for (x, y, label), height in zip(column, heights, strict=True):
+            colour = look.of(label)["color"]
+            shift = ((right - x) / point, (height - y) / point)
+            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.7, "shrinkA": 0, "shrinkB": 3,
+                     "relpos": (0, 0.5)}  # fmt: skip
+            note = axis.annotate(
+                label, axis.transData.inverted().transform((x, y)), shift, textcoords="offset points", va="center",
+                color=colour, fontsize=LABEL_SIZE, arrowprops=arrow if abs(shift[1]) > 3 or shift[0] > 12 else None,
+            )  # fmt: skip
+            note.set_in_layout(False)
 
 
-def _text_box(note: Any, renderer: Any) -> Any:
-    """The box of an annotation's text without its leading line."""
-    from matplotlib.text import Text
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as it takes to be a gap apart: neighbours that touch share out their middle."""
+    blocks: list[tuple[float, int]] = []  # middle, count
+    for height in heights:
+        middle, count = height, 1
+        while blocks and middle - blocks[-1][0] < gap * (count + blocks[-1][1]) / 2:
+            before, n = blocks.pop()
+            middle, count = (before * n + middle * count) / (n + count), n + count
+        blocks.append((middle, count))
+    return [middle + gap * (i - (count - 1) / 2) for middle, count in blocks for i in range(count)]
 
-    note.update_positions(renderer)
-    return Text.get_window_extent(note, renderer)
 
-
-def differences_figure(panels: Sequence[Any], baseline: str) -> Any:
+def differences_figure(panels: Sequence[BarPanel], baseline: str) -> Any:
     """A panel for each cell: each method's mean difference to the baseline as a bar from 0, with its 95 % interval."""
     most = max(len(panel.bars) for panel in panels)
     with _panels(len(panels), height=0.95 + 0.32 * most) as (figure, axes):
         for axis, panel in zip(axes, panels, strict=True):
+            reach = _reach(panel)
             for y, bar in enumerate(panel.bars):
-                difference = bar.difference
-                shown = difference.excludes_zero()
-                colour = ("#0072B2" if difference.mean > 0 else "#D55E00") if shown else "#9aa0aa"
-                axis.barh(y, difference.mean, height=0.55, color=colour)
-                found = difference.interval
-                if found and len(difference.pairs) >= FEWEST_FOR_INTERVALS:
-                    axis.hlines(y, *found, color=INK, linewidth=1.3)
-                axis.plot(difference.pairs, [y] * len(difference.pairs), ".", color=INK, alpha=0.45, markersize=4)
-                axis.annotate(
-                    signed(difference.mean), (1, y), (4, 0), xycoords=axis.get_yaxis_transform(),
-                    textcoords="offset points", va="center", fontsize=8.5, fontweight="bold" if shown else "normal",
-                    color=colour if shown else INK,
-                )  # fmt: skip
+                _draw_bar(axis, y, bar.difference, reach)
             axis.axvline(0, color=INK, linewidth=1)
+            axis.set_xlim(-reach, reach)
             axis.set_yticks(range(len(panel.bars)), [bar.label for bar in panel.bars])
             axis.set_ylim(len(panel.bars) - 0.5, -0.5)
             axis.grid(axis="y", visible=False)
@@ -193,6 +212,36 @@ def differences_figure(panels: Sequence[Any], baseline: str) -> Any:
             axis.set_title(panel.title, wrap=True)
             axis.set_xlabel(f"test top-1 minus {baseline} (points)")
     return figure
+
+
+def _reach(panel: BarPanel) -> float:
+    """The largest difference of a seed that is shown, the same to both sides; what is far beyond the others is cut."""
+    sizes = sorted(max(map(abs, bar.difference.pairs)) for bar in panel.bars)
+    means = sorted(abs(bar.difference.mean) for bar in panel.bars)
+    while len(sizes) > 3 and means[-1] > 3 * sizes[len(sizes) // 2]:
+        sizes.pop()
+        means.pop()
+    intervals = [abs(end) for bar in panel.bars for end in bar.difference.interval or ()]
+    return 1.1 * max(sizes[-1], *(end for end in intervals if end < 2 * sizes[-1]), 0.1)
+
+
+def _draw_bar(axis: Any, y: int, difference: Difference, reach: float) -> None:
+    shown = difference.excludes_zero()
+    colour = (HIGHER if difference.mean > 0 else LOWER) if shown else NOT_SHOWN
+    axis.barh(y, difference.mean, height=0.55, color=colour)
+    found = difference.interval
+    if found and len(difference.pairs) >= FEWEST_FOR_INTERVALS:
+        axis.hlines(y, *found, color=INK, linewidth=1.3)
+    axis.plot(difference.pairs, [y] * len(difference.pairs), ".", color=INK, alpha=0.45, markersize=4)
+    axis.annotate(
+        signed(difference.mean), (1, y), (4, 0), xycoords=axis.get_yaxis_transform(), textcoords="offset points",
+        va="center", fontsize=LABEL_SIZE, fontweight="bold" if shown else "normal", color=colour if shown else INK,
+    )  # fmt: skip
+    if abs(difference.mean) > reach:  # the bar is longer than the axis
+        side = 0.99 if difference.mean > 0 else 0.01
+        text = "beyond ▸" if difference.mean > 0 else "◂ beyond"
+        axis.text(side, y, text, transform=axis.get_yaxis_transform(), color="white", fontsize=LABEL_SIZE, va="center",
+                  ha="right" if difference.mean > 0 else "left")  # fmt: skip
 
 
 def functions_figure(functions: Mapping[str, Any]) -> Any:

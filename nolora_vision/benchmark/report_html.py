@@ -16,16 +16,18 @@ OPEN_CELLS = 8
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #16181d; --soft: #5c6370; --line: #d9dce3; --back: #ffffff; --card: #f6f7f9;
-  --accent: #0a5fa8; --good: #00629a; --bad: #b04a00; --hover: #eef2f7; }
+  --accent: #0a5fa8; --good: #00629a; --bad: #b04a00; --hover: #eef2f7; --blue: #0072b2; --brown: #8c6d1f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7e9ee; --soft: #9aa3b2; --line: #333944; --back: #14161a;
-  --card: #1b1e24; --accent: #6db3f2; --good: #6db3f2; --bad: #f0935a; --hover: #22262e; } }
+  --card: #1b1e24; --accent: #6db3f2; --good: #6db3f2; --bad: #f0935a; --hover: #22262e;
+  --blue: #4ba6e8; --brown: #c8a748; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 78rem; padding: 1.5rem clamp(1rem, 3vw, 2.5rem) 4rem; background: var(--back);
   color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: .5rem 0; overflow-wrap: anywhere; }
 h2 { margin: 2.8rem 0 .8rem; font-size: 1.35rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 h3 { margin: 0; font-size: 1rem; overflow-wrap: anywhere; display: inline; }
-p, li { max-width: 46rem; } .soft, .notes, figcaption { color: var(--soft); font-size: .875rem; }
+p, li { max-width: 52rem; overflow-wrap: anywhere; }
+.soft, .notes, figcaption { color: var(--soft); font-size: .875rem; }
 .lead { font-size: 1.06rem; } nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; }
 a { color: var(--accent); } ul { padding-left: 1.2rem; } .notes { margin: .5rem 0 0; }
 .summary { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 1.2rem; }
@@ -43,8 +45,8 @@ th button:focus-visible, summary:focus-visible { outline: 2px solid var(--accent
 th button::after { content: "↕"; opacity: .3; margin-left: .3em; font-weight: 400; }
 th[aria-sort=ascending] button::after { content: "↑"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "↓"; opacity: 1; }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); z-index: 1; max-width: 14rem;
-  white-space: normal; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); z-index: 1; min-width: 7rem;
+  max-width: 12rem; white-space: normal; }
 thead th:first-child { background: var(--card); } tbody tr:hover td { background: var(--hover); }
 tr.published td { color: var(--soft); font-style: italic; } td.higher { color: var(--good); font-weight: 600; }
 td.lower { color: var(--bad); font-weight: 600; }
@@ -104,12 +106,11 @@ def page(report: Report, pictures: Sequence[Picture], *, made: str) -> str:
 
 def _summary(report: Report) -> str:
     parts = [f"<p>{escape(line)}</p>" for line in report.summary]
-    parts.append(_list(report.shown))
-    if report.others:
-        name = f"{'The other' if report.shown else 'All'} {len(report.others)} comparisons"
-        name = name if len(report.others) > 1 else "The other comparison" if report.shown else "The comparison"
-        few = " open" if len(report.others) <= OPEN_CELLS else ""
-        parts.append(f"<details{few}><summary>{name}</summary>{_list(report.others)}</details>")
+    if report.by_method:
+        every = f"<summary>All {len(report.in_words)} comparisons in words</summary>{_list(report.in_words)}"
+        parts += [_list(report.by_method), f"<details>{every}</details>"]
+    else:
+        parts.append(_list(report.in_words))
     return f'<div class="summary">{"".join(parts)}<p class="soft">{escape(RULE)}</p></div>\n'
 
 
@@ -155,7 +156,8 @@ def _cell(value: Value, text: bool) -> str:
 
 def _figure(picture: Picture, number: int) -> str:
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>f{number}-", picture.svg)  # names are the page's, not the figure's
-    svg = svg.replace(INK, "var(--ink)")
+    for colour, variable in {INK: "ink", "#0072B2": "blue", "#8C6D1F": "brown"}.items():  # too dark for a dark page
+        svg = re.sub(colour, f"var(--{variable})", svg, flags=re.IGNORECASE)
     size = re.search(r'viewBox="[^"]*"', svg)
     opening = f'<svg {size and size[0]} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
     opening += f'role="img" aria-label="{escape(picture.title)}">'

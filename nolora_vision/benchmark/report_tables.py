@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from nolora_vision.benchmark.comparison import Comparison, Outcome, recipe_notes
 from nolora_vision.benchmark.intervals import LEVEL, Difference, signed
+from nolora_vision.benchmark.published import vtab_task
 from nolora_vision.benchmark.results import Axes
 
 
@@ -94,8 +95,6 @@ def cell_table(comparison: Comparison, title: str = "") -> Table:
     axes = dict.fromkeys(name for outcome in comparison.outcomes for name, _ in outcome.point)
     columns: list[Column] = [
         ("method", lambda o: Value(o.label + (" (baseline)" if o.label == comparison.baseline else ""), o.label)),
-        *((name.replace("_", " "), _chosen_value(name)) for name in axes),
-        ("validation top-1 (%)", lambda o: number(o.average("metrics", "val_top1_percent"), ".2f")),
         ("test top-1 (%)", lambda o: mean_and_spread(list(o.tests.values()))),
         ("seeds", lambda o: number(len(o.tests) or None, ".0f")),
         (
@@ -104,6 +103,8 @@ def cell_table(comparison: Comparison, title: str = "") -> Table:
         ),
         ("seeds won / tied / lost", lambda o: outcomes_value(o.difference)),
         ("what is shown", lambda o: Value(verdict(o))),
+        *((name.replace("_", " "), _chosen_value(name)) for name in sorted(axes, key=_by_sweep(comparison))),
+        ("validation top-1 (%)", lambda o: number(o.average("metrics", "val_top1_percent"), ".2f")),
         ("parameters without head", lambda o: number(o.parameters, ",.0f")),
         ("training (s)", lambda o: number(o.average("metrics", "train_seconds"), ",.1f")),
         ("peak memory (MiB)", lambda o: number(o.average("metrics", "peak_memory_bytes"), ",.0f", 2**20)),
@@ -115,6 +116,13 @@ def cell_table(comparison: Comparison, title: str = "") -> Table:
     rows = [[value(outcome) for _, value in columns] for outcome in comparison.outcomes]
     notes = [*_counting_notes(comparison), *_cost_notes(comparison), *recipe_notes(comparison)]
     return make_table(title or comparison.cell.title, [name for name, _ in columns], rows, notes=notes)
+
+
+def _by_sweep(comparison: Comparison) -> Callable[[str], int]:
+    """Sorts axes as the sweep names them."""
+    named = [axis for outcome in comparison.outcomes for run in outcome.runs for axis in run.sweep.choose_axes]
+    order = {axis: i for i, axis in enumerate(dict.fromkeys(named))}
+    return lambda axis: order.get(axis, len(order))
 
 
 def _chosen_value(axis: str) -> Callable[[Outcome], Value]:
@@ -162,6 +170,8 @@ def multiplicity(differences: Sequence[Difference], subject: str) -> str:
     text = f"{subject} makes {comparisons} at {LEVEL:.0%}".replace("%", " %")
     if n < 2:
         return f"{text}."
+    if not shown:
+        return f"{text}; none of the intervals excludes 0."
     return (
         f"{text}: {shown} of the intervals {'excludes' if shown == 1 else 'exclude'} 0, where {n * (1 - LEVEL):.1f} "
         "would by chance if no method differed; "
@@ -171,9 +181,13 @@ def multiplicity(differences: Sequence[Difference], subject: str) -> str:
 
 def across_datasets(comparisons: Sequence[Comparison]) -> list[Table]:
     """For each model and conditions with several datasets: averages, mean differences, datasets won."""
-    return [
-        _across(model, axes, group) for (model, axes), group in by_conditions(comparisons).items() if len(group) > 1
-    ]
+    tables = []
+    for (model, _), group in by_conditions(comparisons).items():
+        for vtab in (False, True):
+            part = [comparison for comparison in group if bool(vtab_task(comparison.cell.dataset)) == vtab]
+            if len(part) > 1:
+                tables.append(_across(f"{len(part)} {'tasks of VTAB-1k' if vtab else 'datasets'}", model, part))
+    return tables
 
 
 def by_conditions(comparisons: Sequence[Comparison]) -> Mapping[tuple[str, Axes], list[Comparison]]:
@@ -192,7 +206,7 @@ def mean_differences(label: str, group: Sequence[Comparison]) -> Difference | No
     return Difference(found) if found else None
 
 
-def _across(model: str, axes: Axes, group: Sequence[Comparison]) -> Table:
+def _across(what: str, model: str, group: Sequence[Comparison]) -> Table:
     labels = list(dict.fromkeys(outcome.label for comparison in group for outcome in comparison.outcomes))
     rows, differences = [], []
     for label in labels:
@@ -216,5 +230,5 @@ def _across(model: str, axes: Axes, group: Sequence[Comparison]) -> Table:
     if any(difference.interval for difference in differences):
         notes.append(multiplicity(differences, "This table"))
     conditions = group[0].cell.conditions
-    title = " · ".join(part for part in (f"{len(group)} datasets", model, conditions) if part)
+    title = " · ".join(part for part in (what, model, conditions) if part)
     return make_table(title, columns, rows, notes=notes)
