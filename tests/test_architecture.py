@@ -26,7 +26,7 @@ LEAVES = {"nolora_vision.config", "nolora_vision.training.record", "nolora_visio
 ROOMS = {
     "accelerate": {"training/engine.py"},
     "datasets": {"training/sources.py"},
-    "matplotlib": {"training/figures.py"},
+    "matplotlib": {"training/figures.py", "benchmark/report_figures.py"},
     "peft": {"benchmark/methods.py"},
     "triton": {"kernels/triton_formulas.py", "kernels/triton_kernels.py", "kernels/triton_stages.py"},
     "onnx": {"adapters/export.py"},

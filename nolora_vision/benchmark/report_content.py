@@ -98,12 +98,14 @@ def sentence(comparison: Comparison, outcome: Outcome, difference: Difference, *
 def method_sentences(compared: Sequence[tuple[Comparison, Outcome, Difference]]) -> Iterable[str]:
     """For each method in how many cells it is higher, lower, or not shown to differ, and from where to where."""
     for label in dict.fromkeys(outcome.label for _, outcome, _ in compared):
-        found = [(c, d) for c, outcome, d in compared if outcome.label == label]
+        found = [(c.baseline, d) for c, outcome, d in compared if outcome.label == label]
         means = sorted(difference.mean for _, difference in found)
         signs = Counter((d.mean > 0) - (d.mean < 0) for _, d in found if d.excludes_zero())
+        without = sum(difference.interval is None for _, difference in found)
+        unclear = len(found) - signs[1] - signs[-1] - without
         yield (
-            f"{label} minus {found[0][0].baseline}: higher in {signs[1]} of {_count(len(found), 'cell')}, lower in "
-            f"{signs[-1]}, no difference shown in {len(found) - signs[1] - signs[-1]}; "
+            f"{label} minus {found[0][0]}: higher in {signs[1]} of {_count(len(found), 'cell')}, lower in {signs[-1]}, "
+            f"no difference shown in {unclear}{f', no interval in {without}' if without else ''}; "
             f"means from {signed(means[0])} to {signed(means[-1])} points."
         )
 

@@ -97,9 +97,9 @@ def curves_figure(panels: Sequence[Panel], look: Look, *, xlabel: str, ylabel: s
             axis.set_title(panel.title, wrap=True)
             axis.set(xlabel=xlabel, ylabel=ylabel)
             for i, curve in enumerate(low):
-                text, place = f"↓ {curve.label} {max(p.mean for p in curve.points):.1f}", (0.02, 0.03 + 0.06 * i)
+                text, place = f"↓ {curve.label} {max(p.mean for p in curve.points):.1f}", (0.99, 0.03 + 0.06 * i)
                 colour = look.of(curve.label)["color"]
-                axis.text(*place, text, transform=axis.transAxes, color=colour, fontsize=LABEL_SIZE)
+                axis.text(*place, text, transform=axis.transAxes, color=colour, fontsize=LABEL_SIZE, ha="right")
         figure.draw_without_rendering()  # only now do the axes have their places
         for axis, curves in zip(axes, drawn, strict=True):
             _label_ends(axis, curves, look)

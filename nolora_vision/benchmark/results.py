@@ -164,24 +164,26 @@ def _read_runs(sweep: Sweep, warnings: list[str]) -> Iterator[Run]:
             records.append((path.stem, record))
         except ValueError as error:
             warnings.append(f"{path}: skipped: {error}")
-    done = [record for _, record in records if record["status"] == "done"]
-    known = {_asked(record): (record["dataset"]["id"], record["model"]) for record in done}
-    alone = next(iter(known.values())) if len(set(known.values())) == 1 else None
-    for key, record in records:
-        point, error = record["point"], None
+    known: dict[tuple[Any, Any], set[tuple[str, str]]] = {}
+    for _, record in records:
         if record["status"] == "done":
-            dataset, model = record["dataset"]["id"], record["model"]
-        else:  # it may have failed before it knew its dataset and model: as others that were asked for the same
-            asked = (point.get("dataset"), point.get("model"))
-            said = tuple(str(value) if value else "unknown" for value in asked)
-            dataset, model = known.get(asked) or (alone if asked == (None, None) and alone else said)
-            error = str(record.get("error") or "").strip() or "no reason recorded"
-        yield Run(
-            key, sweep, record["label"], record["phase"], record["seed"], point, error, str(dataset), str(model), record
-        )
+            known.setdefault(_asked(record), set()).add((str(record["dataset"]["id"]), str(record["model"])))
+    for key, record in records:
+        done, asked = record["status"] == "done", _asked(record)
+        places = known.get(asked, set())
+        if done:
+            dataset, model = str(record["dataset"]["id"]), str(record["model"])
+        elif len(places) == 1:  # it may have failed before it knew: as others that were asked for the same
+            ((dataset, model),) = places
+        else:
+            dataset, model = (str(value or "unknown") for value in asked)
+        error = None if done else str(record.get("error") or "").strip() or "no reason recorded"
+        named = {name: record[name] for name in ("label", "phase", "seed", "point")}
+        yield Run(key=key, sweep=sweep, error=error, dataset=dataset, model=model, record=record, **named)
 
 
 def _asked(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Dataset and model as the grid names them; None where they are no axes of it."""
     return record["point"].get("dataset"), record["point"].get("model")
 
 
