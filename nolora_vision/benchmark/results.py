@@ -149,9 +149,13 @@ def _read_sweep(folder: Path, warnings: list[str]) -> Sweep:
         str(said.get("description") or ""),
         str(said.get("baseline") or DEFAULT_BASELINE),
         tuple(DEFAULT_CHOOSE_AXES if axes is None else map(str, axes)),
-        tuple(entry for entry in entries if isinstance(entry, dict)),
+        tuple(entry for entry in entries if _is_choice(entry)),
         tuple(name for name in methods if isinstance(name, str)),
     )
+
+
+def _is_choice(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name) or {}, dict) for name in ("cell", "point"))
 
 
 def _read_runs(sweep: Sweep, warnings: list[str]) -> Iterator[Run]:
@@ -198,6 +202,9 @@ def _problem(record: Any) -> str | None:
     for name, choices in (("phase", PHASES), ("status", STATUSES)):
         if record[name] not in choices:
             return f"{name} must be one of {', '.join(choices)}, got {record[name]!r}"
+    for name in ("metrics", "parameters", "config", "environment"):
+        if not isinstance(record.get(name) or {}, dict):
+            return f"{name} must be dict, got {record[name]!r}"
     if record["status"] == "failed":
         return None
     for name in ("dataset", "metrics"):

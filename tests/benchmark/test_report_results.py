@@ -60,9 +60,8 @@ def test_cells_are_sorted_by_size(tmp_path: Path) -> None:
     sweep = SweepFiles(tmp_path / "s")
     for images in (None, 1000, 100):
         sweep.done("lora", 0, test=80.0, max_train_samples=images)
-    assert [c.cell.conditions for c in compared(tmp_path / "s")[0]] == [
-        *("100 training images", "1,000 training images", "all training images")
-    ]
+    found = [c.cell.conditions for c in compared(tmp_path / "s")[0]]
+    assert found == ["100 training images", "1,000 training images", "all training images"]
 
 
 def test_only_the_chosen_point_counts(tmp_path: Path) -> None:
@@ -111,6 +110,7 @@ def test_what_cannot_be_read_is_named_and_skipped(tmp_path: Path) -> None:
             "test_top1_percent must be a finite number, got nan",
         ),
         ({**good, "dataset": 3}, "dataset must be dict, got 3"),
+        ({**good, "environment": ["a processor"]}, r"environment must be dict, got \['a processor'\]"),
         ({**good, "model": ""}, "model and dataset.id must be named"),
     ]
     paths = [sweep.write(record) for record, _ in broken]
@@ -125,7 +125,7 @@ def test_what_cannot_be_read_is_named_and_skipped(tmp_path: Path) -> None:
 def test_a_missing_or_broken_sweep_json_leaves_the_defaults(tmp_path: Path) -> None:
     sweep = SweepFiles(tmp_path / "s")
     sweep.done("lora", 0, test=80.0, lr=0.1, adapter__rank=4)
-    for content in (None, "[]", '{"choose": 3, "chosen": [], "methods": null}'):
+    for content in (None, "[]", '{"choose": 3, "chosen": {"a": 1, "b": {"cell": 2}}, "methods": null}'):
         path = tmp_path / "s" / "sweep.json"
         path.unlink(missing_ok=True)
         if content:
