@@ -29,7 +29,7 @@ LEAVES = {
 ROOMS = {
     "accelerate": {"training/engine.py"},
     "datasets": {"training/hub_tables.py"},
-    "matplotlib": {"training/figures.py"},
+    "matplotlib": {"training/figures.py", "benchmark/report_figures.py"},
     "peft": {"benchmark/methods.py"},
     "triton": {"kernels/triton_formulas.py", "kernels/triton_kernels.py", "kernels/triton_stages.py"},
     "onnx": {"adapters/export.py"},
