@@ -66,6 +66,7 @@ def make_record(
             "test_seconds": test.seconds,
             "total_seconds": seconds,
             "train_images_per_s": result.images_per_s,
+            "train_forward_images": result.forward_images,
             "test_images_per_s": len(test.labels) / test.seconds,
             **peak_memory(),
         },

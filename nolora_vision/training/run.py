@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from timm.data import create_transform
-from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -61,6 +60,7 @@ from nolora_vision.training.ingredients import (
     loader,
     make_scheduler,
     mixup_of,
+    objective_of,
 )
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
 from nolora_vision.training.run_config import RunConfig
@@ -179,7 +179,7 @@ def train_and_test(
             epochs=config.epochs,
             progress=told,
             set_training_mode=training_mode,
-            loss_function=SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=config.smoothing),
+            objective=objective_of(config, images=len(data.train), gather=accelerator.gather),
             mixup=mixup,
             clip_grad=config.clip_grad,
             ema=ema,
