@@ -95,8 +95,8 @@ def _facts(tables: Mapping[str, Table], train: Split, chosen: Mapping[str, Split
     return {**sizes, "num_classes": len(train.table.class_names), "rows": rows}
 
 
-class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """A split with a transform: index → image (C, H, W) and class.
+class TransformedImages(Dataset[tuple[Tensor, int] | tuple[Tensor, int, int]]):
+    """A split with a transform: index → image (C, H, W) and class, and the index if it is asked for.
 
     With a cache the numbers that come out are the same, bit for bit: before augmentation whole decoded images are kept
     and never smaller ones, and for evaluation, where nothing is random, the images as they are before normalisation.
@@ -106,20 +106,23 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         after: what happens to it each time.
     """
 
-    def __init__(self, split: Split, before: Any, after: Any, cache: ImageCache | None = None) -> None:
-        self.split, self.before, self.after, self.cache = split, before, after, cache
+    def __init__(
+        self, split: Split, before: Any, after: Any, cache: ImageCache | None = None, *, with_rows: bool = False
+    ) -> None:
+        self.split, self.before, self.after, self.cache, self.with_rows = split, before, after, cache, with_rows
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, int]:
         row = int(self.split.rows[index])
 
         def make() -> Image.Image:
             return self.before(self.split.table.image(row))
 
         image = make() if self.cache is None else self.cache.image(index, make)
-        return self.after(image), int(self.split.table.labels[row])
+        label = int(self.split.table.labels[row])
+        return (self.after(image), label, index) if self.with_rows else (self.after(image), label)
 
 
 def fixed_and_random(transform: Any, *, training: bool) -> tuple[Compose, Compose]:
@@ -140,6 +143,7 @@ def make_loader(
     augmentation: Mapping[str, Any] | None = None,
     cache_bytes: int = 0,
     make_cache: MakeCache = ImageCache,
+    with_rows: bool = False,
 ) -> DataLoader[Any]:
     """Batches of a split under timm's transform for the model.
 
@@ -148,13 +152,14 @@ def make_loader(
         augmentation: further arguments of `timm.data.create_transform`, for training.
         cache_bytes: of images to keep decoded at most, for all workers together; see `TransformedImages`.
         make_cache: (images, bytes) → the cache: a new one, or one that other loaders have filled.
+        with_rows: yield (images, labels, indices into the split) instead of (images, labels).
     """
     kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
     transform = create_transform(**kept, is_training=training, **(augmentation or {}))
     capacity = int(min(cache_bytes, cache_need(split, kept["input_size"], training=training)))
     cache = make_cache(len(split), capacity) if capacity else None
     return DataLoader(
-        TransformedImages(split, *fixed_and_random(transform, training=training), cache),
+        TransformedImages(split, *fixed_and_random(transform, training=training), cache, with_rows=with_rows),
         batch_size=batch_size,
         shuffle=training,
         drop_last=training and len(split) > batch_size,

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from torch import Tensor, nn
 
 from nolora_vision.training.backbone import build_model
+from nolora_vision.training.consistency import Every, Objective, Plain, Previous, Twice
 from nolora_vision.training.data import ImageData, MakeCache, Split, cache_need, load_data, make_loader
 from nolora_vision.training.image_cache import ImageCache, cache_budget
 from nolora_vision.training.run_config import RunConfig
@@ -70,6 +72,7 @@ def loader(
         augmentation={**augmentation, "color_jitter": None} if training else None,
         cache_bytes=cache_bytes,
         make_cache=make_cache,
+        with_rows=training and config.consistency_in_use == "previous",
     )
 
 
@@ -124,3 +127,22 @@ def mixup_of(config: RunConfig, num_classes: int) -> Any | None:
     return Mixup(
         mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes
     )
+
+
+def objective_of(config: RunConfig, *, images: int, gather: Callable[[Tensor], Any]) -> Objective:
+    """What a training step minimises.
+
+    Args:
+        images: of the training split.
+        gather: accelerate's: a tensor of this process → those of all.
+    """
+    mixes = config.mixup or config.cutmix
+    loss = SoftTargetCrossEntropy() if mixes else nn.CrossEntropyLoss(label_smoothing=config.smoothing)
+    plain, twice = Plain(loss), Twice(loss, config.consistency)
+    if config.consistency_in_use == "previous":
+        return Previous(loss, config.consistency, images=images, gather=gather)
+    if config.consistency_in_use == "every":
+        return Every(config.consistency_every, twice, plain)
+    if config.consistency_in_use == "part":
+        return Twice(loss, config.consistency, share=config.consistency_fraction)
+    return plain if config.consistency_in_use is None else twice

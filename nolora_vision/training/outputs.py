@@ -80,6 +80,7 @@ def make_record(
             "train_seconds": result.train_seconds,
             "total_seconds": seconds,
             "train_images_per_s": result.images_per_s,
+            "train_forward_images": result.forward_images,
             **peak_memory(),
         },
         "parameters": {

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from timm.data import create_transform
-from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -60,6 +59,7 @@ from nolora_vision.training.ingredients import (
     loader,
     make_scheduler,
     mixup_of,
+    objective_of,
     run_loaders,
 )
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
@@ -152,8 +152,18 @@ def refuse_unusable(config: RunConfig) -> None:
 def make_optimizer(config: RunConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
     """timm's; Adam's step as one call for all parameters: an adapted ViT has 200 small ones."""
     fused = config.opt in ("adam", "adamw") and config.amp_dtype != "float16"  # its gradients need unscaling first
-    options = {"fused": True} if fused else {}
+    options: dict[str, Any] = {"fused": True} if fused else {}
     return create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
+
+
+def make_run_accelerator(config: RunConfig, folder: Path | None) -> Any:
+    """accelerate's view of the machine for a run, its trackers begun."""
+    accelerator = make_accelerator(
+        config.amp_dtype, grad_accum_steps=config.grad_accum_steps, report_to=config.report_to, folder=folder
+    )
+    if config.report_to != "none":
+        accelerator.init_trackers("nolora-vision", config={"config": json.dumps(as_plain(asdict(config)))})
+    return accelerator
 
 
 def train_and_test(
@@ -171,11 +181,7 @@ def train_and_test(
     Args:
         loaders: of `run_loaders`: training, validation, test.
     """
-    accelerator = make_accelerator(
-        config.amp_dtype, grad_accum_steps=config.grad_accum_steps, report_to=config.report_to, folder=folder
-    )
-    if config.report_to != "none":
-        accelerator.init_trackers("nolora-vision", config={"config": json.dumps(as_plain(asdict(config)))})
+    accelerator = make_run_accelerator(config, folder)
     set_compute(model, accelerator.device.type, **compute_options(config))
     groups = param_groups(model, lr=config.lr or 0.0, head_lr=config.head_lr, weight_decay=config.weight_decay)
     optimizer = make_optimizer(config, groups)
@@ -196,7 +202,7 @@ def train_and_test(
             epochs=config.epochs,
             progress=told,
             set_training_mode=training_mode,
-            loss_function=SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=config.smoothing),
+            objective=objective_of(config, images=len(data.train), gather=accelerator.gather),
             mixup=mixup,
             clip_grad=config.clip_grad,
             ema=ema,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import ConfigDict
 
-from nolora_vision.config import AdapterConfig, ConfigError
+from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
 
 Short = tyro.conf.arg
 
@@ -71,6 +71,16 @@ class RunConfig:
     """Stochastic depth rate."""
     keep_epoch: Literal["best", "last"] = "best"
     """Epoch whose weights are kept and tested: the best by validation, or the last."""
+    consistency: float = 0.0
+    """λ: weight of ‖logits₁ − logits₂‖² between two noisy looks at an image; needs adapter.modulation_noise, or another
+    source of noise where the method has no modulation."""
+    consistency_mode: Literal["twice", "previous", "part", "every"] | None = None
+    """Which two looks: two copies of each image in a batch, or this epoch's and the last one's; or copies of a part of
+    the batch, or in every so many batches. None is twice where consistency is above 0; others are on at 0, too."""
+    consistency_fraction: float = 0.5
+    """Share of a batch that part looks at twice."""
+    consistency_every: int = 2
+    """Period of every, in batches."""
     model_ema: bool = False
     """Also keep a moving average of the trained weights, and evaluate that."""
     model_ema_decay: float = 0.999
@@ -148,7 +158,7 @@ class RunConfig:
         for name in ("output", "pretrained_path", "vtab_root", "splits"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        problems = [*_range_problems(self), *_split_problems(self)]
+        problems = [*_range_problems(self), *_split_problems(self), *_consistency_problems(self)]
         if self.eval_only and self.adapter_dir is None:
             problems.append("eval_only needs the adapter to test: --adapter DIR.")
         if self.pretrained_path is not None and self.pretrained_path.suffix != ".safetensors":
@@ -163,6 +173,11 @@ class RunConfig:
             problems.append(f"scale must be (smallest, largest), got {self.scale}.")
         if problems:
             raise ConfigError("RunConfig", problems)
+
+    @property
+    def consistency_in_use(self) -> str | None:
+        """The consistency_mode with its default, or None for plain training."""
+        return self.consistency_mode or ("twice" if self.consistency > 0 else None)
 
     def resolved(self) -> RunConfig:
         """The same config with the method's own learning rate in place of None."""
@@ -187,6 +202,12 @@ class RunConfig:
         )
 
 
+CONSISTENCY_MODES = ("twice", "previous", "part", "every")
+MODULATED_METHODS = ("nolora", "lora")
+"""Methods whose adapters take modulation_noise."""
+DROPOUT_KWARGS = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+"""timm's arguments that make a model in training noisy."""
+
 DEFAULT_LR = {"nolora": 2e-3, "lora": 2e-3, "linear": 2e-3, "full": 1e-4}
 """Peak learning rate by method, where none is given."""
 
@@ -194,9 +215,10 @@ _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),
     **dict.fromkeys(("max_train_samples", "max_eval_samples", "shots"), 1),
     **dict.fromkeys(("lr", "head_lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix"), 0),
-    **dict.fromkeys(("workers", "seed"), 0),
+    **dict.fromkeys(("workers", "seed", "consistency"), 0),
+    "consistency_every": 1,
 }
-_FRACTIONS = ("smoothing", "drop_path", "model_ema_decay", "hflip", "reprob", "val_split")
+_FRACTIONS = ("consistency_fraction", "smoothing", "drop_path", "model_ema_decay", "hflip", "reprob", "val_split")
 
 
 def _range_problems(config: RunConfig) -> Iterable[str]:
@@ -229,3 +251,30 @@ def _split_problems(config: RunConfig) -> Iterable[str]:
         yield f"splits says which images to take, so {' and '.join(draws)} can't: give --splits or that."
     if config.train_on == "train_val" and config.keep_epoch == "best" and not config.eval_only:
         yield "train_on train_val trains on the validation images, so they can't choose an epoch: set keep_epoch last."
+
+
+def _consistency_problems(config: RunConfig) -> Iterable[str]:
+    mode, method = config.consistency_in_use, config.method
+    if config.consistency_mode not in (None, *CONSISTENCY_MODES):
+        hint = did_you_mean(str(config.consistency_mode), CONSISTENCY_MODES)
+        yield f"consistency_mode must be one of {', '.join(CONSISTENCY_MODES)}, got {config.consistency_mode!r}.{hint}"
+    if config.consistency_fraction == 0:
+        yield "consistency_fraction is 0, so nothing would be looked at twice; leave consistency off instead."
+    if mode is None:
+        return
+    if method in MODULATED_METHODS and not config.adapter.modulation_noise:
+        yield (
+            f"consistency of {method} needs noise on v, or both looks are the same: set adapter.modulation_noise, 0.5 "
+            f"for example."
+        )
+    dropped = config.drop_path or any(config.model_kwargs.get(name) for name in DROPOUT_KWARGS)
+    if method not in MODULATED_METHODS and not dropped:
+        yield (
+            f"consistency of {method} needs another source of noise, as it has no v, or both looks are the same: set "
+            f"drop_path, or drop_rate in model_kwargs, or leave consistency off."
+        )
+    if mode == "previous" and (config.mixup or config.cutmix):
+        yield (
+            "consistency_mode previous does not go with mixup or cutmix, which mix an image with another one in each "
+            "epoch. Turn them off, or take twice, part or every, whose copies share the mix."
+        )
