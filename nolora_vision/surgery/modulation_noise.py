@@ -16,14 +16,10 @@ import torch
 from torch import Tensor, nn
 
 
-class _Batch(threading.local):
-    """The batch in the model now; for each thread its own, as DataParallel runs its replicas in threads."""
-
-    images: Tensor | None = None
-    """(B, 0): a tensor and no number, so that a compiler takes its length for one that may change."""
-
-
-_batch = _Batch()
+_batch = threading.local()
+"""`images`: (B, 0), for the batch in the model now; absent or None without one. A tensor and no number, so that a
+compiler takes its length for one that may change. Each thread has its own, as DataParallel runs its replicas in
+threads; no subclass, as PyTorch 2.14's compiler does not see what is set on one."""
 
 
 def noisy(v: Tensor | None, x: Tensor, rank: int, sigma: float, rows_per_image: int) -> Tensor:
@@ -48,16 +44,17 @@ def rows_per_image(x: Tensor) -> int | None:
     B is known while a model with noise computes. It is unknown to layers that are called on their own, and in the
     backward pass, where gradient checkpointing calls them again.
     """
-    if _batch.images is None:
+    batch = _images()
+    if batch is None:
         return None
-    rows, images = x.shape[0], _batch.images.shape[0]
+    rows, images = x.shape[0], batch.shape[0]
     return rows // images if images and rows and rows % images == 0 else 1
 
 
 @contextmanager
 def batch_of(images: int) -> Iterator[None]:
     """Inside the block layers see the rows of so many images."""
-    before = _batch.images
+    before = _images()
     _batch.images = torch.empty(images, 0)
     try:
         yield
@@ -86,5 +83,9 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def _leave(_model: nn.Module, _args: Any, _output: Any) -> None:
-    if _batch.images is not None:
+    if _images() is not None:
         _batch.images = None
+
+
+def _images() -> Tensor | None:
+    return getattr(_batch, "images", None)

@@ -35,7 +35,7 @@ SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 7}
 def randomise(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if ".adapter." in f".{name}" or name.startswith(("lora_", "v", "gate")):
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, mean=float(name.rpartition(".")[2] == "v"), std=0.1)
     return model
 
 
@@ -178,7 +178,8 @@ def test_noise_belongs_to_images_in_every_family(family, monkeypatch: pytest.Mon
     monkeypatch.undo()
     plain = model.eval()(x)
     torch.testing.assert_close(noisy[0], plain[0])
-    assert all(not torch.allclose(noisy[i], plain[i], rtol=1e-3) for i in (1, 2))
+    apart = (noisy - plain).abs().amax(1)
+    assert apart[1:].min() > max(1e-6, 20 * apart[0])
 
 
 @pytest.mark.parametrize("name", ["vit", "swinv2"])
@@ -223,8 +224,8 @@ def test_rows_without_a_known_batch_draw_for_themselves(monkeypatch: pytest.Monk
 
 def test_the_batch_is_forgotten_and_not_shared_by_threads() -> None:
     model, seen = small_vit().train(), []
-    with pytest.raises(AssertionError, match="Input height"):
-        model(torch.randn(2, 3, 40, 24))
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 5"):
+        model(torch.randn(2, 5, 32, 32))
     assert rows_per_image(torch.zeros(4, 1)) is None
     model(x=torch.randn(2, 3, 32, 32))
     assert rows_per_image(torch.zeros(4, 1)) is None
