@@ -90,7 +90,7 @@ def learned_functions(runs: Sequence[Run]) -> dict[str, Any]:
     """
     found: dict[str, str] = {}
     for run in runs:
-        places = (run.sweep.folder / "runs" / run.key / "adapter", run.sweep.folder / "adapters" / run.key)
+        places = (run.sweep.folder / "adapters" / run.key / "adapter", run.sweep.folder / "adapters" / run.key)
         place = next((place for place in places if place.is_dir()), None)
         if place and run.phase == "final" and run.error is None and len(found) < MOST_FUNCTIONS:
             found.setdefault(run.label, str(place))

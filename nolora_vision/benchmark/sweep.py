@@ -121,9 +121,9 @@ def claim_and_run(task: Task, sweep: Sweep, folder: Path, shelf: Shelf, progress
 
 def attempt(task: Task, sweep: Sweep, folder: Path, shelf: Shelf, progress: RunsProgress) -> dict[str, Any]:
     """The record of a run; of one that failed, why."""
-    facts = {"label": task.label, "phase": task.phase, "point": dict(task.point), "seed": task.seed}
+    facts = {"key": task.name, "label": task.label, "phase": task.phase, "point": dict(task.point), "seed": task.seed}
     keeps = sweep.keep_adapters and task.phase == "final"
-    config = replace(task.config, output=folder / "kept", experiment=task.name)
+    config = replace(task.config, output=folder / "adapters", experiment=task.name)
     if keeps:
         shutil.rmtree(config.output / task.name, ignore_errors=True)  # of a run that was killed
     if torch.cuda.is_available():
@@ -162,8 +162,12 @@ def summary(sweep: Sweep, choices: Sequence[Choice], results: Mapping[str, Any])
         "name": sweep.name,
         "description": sweep.description,
         "baseline": sweep.baseline,
-        "sweep": as_plain(asdict(sweep)),
-        "chosen": [as_plain(asdict(choice)) for choice in choices],
+        "methods": {label: as_plain(dict(own)) for label, own in sweep.methods.items()},
+        "base": as_plain(dict(sweep.base)),
+        "axes": as_plain(dict(sweep.axes)),
+        "choose": None if sweep.choose is None else as_plain(asdict(sweep.choose)),
+        "seeds": list(sweep.seeds),
+        "chosen": {f"{c.label}: {json.dumps(dict(c.cell))}": as_plain(asdict(c)) for c in choices if sweep.choose},
         "runs": {status: sum(r["status"] == status for r in results.values()) for status in ("done", "failed")},
     }
 

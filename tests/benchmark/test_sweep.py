@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from nolora_vision.benchmark import results as report_results
 from nolora_vision.benchmark import sweep as sweeping
+from nolora_vision.benchmark.report import write_report
 from nolora_vision.benchmark.sweep import claim_and_run, conduct, main, read_results
 from nolora_vision.benchmark.sweep_plan import Sweep, plan, read_sweep
 from nolora_vision.training.progress import RunsProgress
@@ -61,7 +63,10 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(
     assert len(choosing) == 4 and not any("test_top1_percent" in r["metrics"] for r in choosing)
     assert all("test_top1_percent" in r["metrics"] for r in results.values() if r["phase"] == "final")
     summary = json.loads((folder / "sweep.json").read_text())
-    assert [c["label"] for c in summary["chosen"]] == ["lora", "tanh"] and summary["runs"] == {"done": 8, "failed": 0}
+    assert [c["label"] for c in summary["chosen"].values()] == ["lora", "tanh"] and summary["runs"] == {
+        "done": 8,
+        "failed": 0,
+    }
     victim = sorted((folder / "runs").glob("*.json"))[0]
     before = json.loads(victim.read_text())
     victim.unlink()
@@ -126,9 +131,20 @@ def test_no_run_begins_that_would_end_too_late(
 def test_adapters_of_tested_runs_are_kept_if_asked(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(SWEEP + "keep_adapters: true\n")
     conduct(read_sweep(tmp_path / "s.yaml"), tmp_path / "out")
-    kept = {path.name for path in (tmp_path / "out" / "kept").iterdir()}
+    kept = {path.name for path in (tmp_path / "out" / "adapters").iterdir()}
     finals = {name for name, record in read_results(tmp_path / "out").items() if record["phase"] == "final"}
-    assert kept == finals and all((tmp_path / "out" / "kept" / name / "adapter").is_dir() for name in kept)
+    assert kept == finals and all((tmp_path / "out" / "adapters" / name / "adapter").is_dir() for name in kept)
+
+
+def test_a_report_reads_what_a_sweep_leaves(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(SWEEP + "keep_adapters: true\n")
+    conduct(read_sweep(tmp_path / "s.yaml"), tmp_path / "out")
+    results = report_results.read_results([tmp_path / "out"])
+    assert not results.warnings and len(results.runs) == 8
+    write_report([tmp_path / "out"], output=tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").is_file()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "lora" in text and "tanh" in text and "warning" not in text.lower()
 
 
 def test_two_processes_share_the_work(sweep: Sweep, tmp_path: Path) -> None:
