@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _batch = threading.local()
 """`images`: (B, 0), for the batch in the model now; absent or None without one. A tensor and no number, so that a
 compiler takes its length for one that may change. Each thread has its own, as DataParallel runs its replicas in
