@@ -82,6 +82,7 @@ def test_every_field_survives_json() -> None:
         nonlinearity="rational",
         modulation="vector",
         dropout=0.25,
+        modulation_noise=0.5,
         targets=("q", "mlp.fc1"),
         exclude=r"blocks\.0\..*",
         layers=(-1, 2),

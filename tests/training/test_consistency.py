@@ -338,7 +338,8 @@ assert known.all() and len(torch.cat([rows for rows, _ in objective.seen])) == 8
 torch.testing.assert_close(logits, model.linear(data.x))  # also of the rows that the other process saw
 assert result.images_seen == result.forward_images == 48
 plain = F.cross_entropy(model.linear(data.x), data.y).item()
-print("penalised", abs(accelerator.gather(torch.tensor([result.history[2]["train_loss"]])).mean().item() - plain))
+loss = accelerator.gather(torch.tensor([result.history[2]["train_loss"]])).mean().item()
+assert abs(loss - plain) < 1e-5, (loss, plain)  # fp32; no distance to what has not changed
 
 torch.manual_seed(0)
 vit = timm.create_model("test_vit", img_size=16, patch_size=4, num_classes=3)
@@ -349,14 +350,14 @@ assert (result.images_seen, result.forward_images) == (48, 96)
 trained = torch.cat([p.detach().flatten() for p in nolora_vision.adapter_parameters(vit)])
 both = accelerator.gather(trained[None])
 assert torch.equal(both[0], both[1])
-print("done", accelerator.process_index)
+open(f"done-{{accelerator.process_index}}", "w").close()
 """
 
 
 def test_two_processes_share_what_they_saw(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT)), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)],
@@ -366,9 +367,7 @@ def test_two_processes_share_what_they_saw(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "done 0" in done.stdout and "done 1" in done.stdout
-    penalties = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("penalised")]
-    assert len(penalties) == 2 and max(penalties) < 1e-5  # no distance to what has not changed
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
