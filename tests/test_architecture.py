@@ -17,17 +17,18 @@ FLOORS = {
     "kernels": 1,
     "surgery": 2,
     "adapters": 3,
-    "training": 4,
-    "benchmark": 5,
-    "commands": 6,
-    "__main__": 7,
+    "methods": 4,
+    "training": 5,
+    "benchmark": 6,
+    "commands": 7,
+    "__main__": 8,
 }
 LEAVES = {"nolora_vision.config", "nolora_vision.training.record", "nolora_vision.training.errors"}
 ROOMS = {
     "accelerate": {"training/engine.py"},
     "datasets": {"training/sources.py"},
     "matplotlib": {"training/figures.py"},
-    "peft": {"benchmark/methods.py"},
+    "peft": {"methods/peft_layers.py"},
     "triton": {"kernels/triton_formulas.py", "kernels/triton_kernels.py", "kernels/triton_stages.py"},
     "onnx": {"adapters/export.py"},
     "onnxruntime": {"adapters/export.py"},

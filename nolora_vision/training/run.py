@@ -22,15 +22,14 @@ from nolora_vision import (
     CheckpointError,
     ConfigError,
     InjectionError,
-    load_adapter,
     param_groups,
     read_adapter_config,
 )
 from nolora_vision.adapters.hub import find_adapter
 from nolora_vision.config import did_you_mean
+from nolora_vision.methods import apply_method, load_trained
 from nolora_vision.training import outputs
 from nolora_vision.training.backbone import (
-    apply_method,
     data_config,
     full_name,
     refuse_wrong_size,
@@ -98,7 +97,7 @@ def run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any
     model = build_config_model(config, len(data.class_names))
     images = data_config(model, config.img_size, config.crop_pct or data.about.get("crop_pct"))
     refuse_wrong_size(model, images["input_size"])
-    apply_method(model, config.method, config.adapter)
+    apply_method(model, config.method, config.adapter, options=config.method_options)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
     folder = Path(from_main_process(lambda: str(outputs.make_folder(config, name, images["input_size"][-1]))))
     result, test = train_and_test(config, data, images, model, folder, progress or LiveProgress())
@@ -137,7 +136,7 @@ def refuse_unusable(config: RunConfig) -> None:
 def make_optimizer(config: RunConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
     """timm's; Adam's step as one call for all parameters: an adapted ViT has 200 small ones."""
     fused = config.opt in ("adam", "adamw") and config.amp_dtype != "float16"  # its gradients need unscaling first
-    options = {"fused": True} if fused else {}
+    options: dict[str, Any] = {"fused": True} if fused else {}
     return create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
@@ -203,7 +202,7 @@ def run_eval_only(config: RunConfig) -> dict[str, Any]:
         raise RunError(f"The adapter knows {saved['num_classes']} classes, {config.dataset} has {got}.")
     _refuse_lost_backbone(saved)
     config = config.for_adapter(saved)
-    model = load_adapter(build_config_model(config, saved["num_classes"]), directory)
+    model = load_trained(build_config_model(config, saved["num_classes"]), directory)
     accelerator = make_accelerator(config.amp_dtype)
     set_compute(model, accelerator.device.type, **compute_options(config))
     images = data_config(model, config.img_size, config.crop_pct or saved["preprocessing"].get("crop_pct"))

@@ -11,6 +11,7 @@ import tyro
 from pydantic import ConfigDict
 
 from nolora_vision.config import AdapterConfig, ConfigError
+from nolora_vision.methods.catalogue import METHODS, method_problems
 
 Short = tyro.conf.arg
 
@@ -25,10 +26,13 @@ class RunConfig:
     """Name of a timm model, with or without its pretrained tag."""
     dataset: str = "cifar100"
     """cifar10, cifar100, digits (or digits:5-9), a Hugging Face dataset id, or a local folder or file."""
-    method: Literal["nolora", "lora", "linear", "full"] = "nolora"
-    """What trains: nonlinear adapters, linear ones, the classifier alone, or everything."""
+    method: str = "nolora"
+    """What trains: nolora, lora, aurora (ours); linear (the classifier), full, bitfit, layernorm; adaptformer; or by
+    PEFT peft-lora, rslora, lora-plus, dora, pissa, vera, fourierft, hira, peanut, randlora, c3a, oft, boft, ia3."""
+    method_options: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Options of the method, such as `lr_ratio 16` or `n_frequency 500`; a wrong one is answered with all."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """The adapters of nolora; lora takes all of it but the nonlinearity and the modulation."""
+    """The adapters of nolora; other methods take of it what they have: layers, rank, alpha, dropout."""
     pretrained: bool = True
     """Start from pretrained weights."""
     pretrained_path: Path | None = None
@@ -47,7 +51,8 @@ class RunConfig:
     opt: str = "adamw"
     """Optimizer, by its timm name."""
     lr: float | None = None
-    """Peak learning rate of the adapters, or of the backbone with method full; None takes 2e-3, or 1e-4 with full."""
+    """Peak learning rate of the adapters, or of what trains of the backbone; None takes the method's: 2e-3, 1e-3 with
+    bitfit and layernorm, 1e-4 with full."""
     head_lr: float | None = 3e-3
     """Peak learning rate of the classifier; None takes lr."""
     weight_decay: float = 1e-4
@@ -132,7 +137,7 @@ class RunConfig:
         object.__setattr__(self, "output", Path(self.output))
         if self.pretrained_path is not None:
             object.__setattr__(self, "pretrained_path", Path(self.pretrained_path))
-        problems = list(_range_problems(self))
+        problems = [*method_problems(self.method, self.method_options), *_range_problems(self)]
         if self.eval_only and self.adapter_dir is None:
             problems.append("eval_only needs the adapter to test: --adapter DIR.")
         if self.pretrained_path is not None and self.pretrained_path.suffix != ".safetensors":
@@ -150,7 +155,7 @@ class RunConfig:
 
     def resolved(self) -> RunConfig:
         """The same config with the method's own learning rate in place of None."""
-        return self if self.lr is not None else replace(self, lr=DEFAULT_LR[self.method])
+        return self if self.lr is not None else replace(self, lr=METHODS[self.method].lr)
 
     def for_adapter(self, saved: Mapping[str, Any]) -> RunConfig:
         """The same config with the model that a saved adapter was trained on; own weights and image size win.
@@ -170,9 +175,6 @@ class RunConfig:
             model_kwargs=self.model_kwargs or kwargs,
         )
 
-
-DEFAULT_LR = {"nolora": 2e-3, "lora": 2e-3, "linear": 2e-3, "full": 1e-4}
-"""Peak learning rate by method, where none is given."""
 
 _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),
