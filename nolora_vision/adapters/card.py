@@ -49,7 +49,7 @@ def full_name(config: Mapping[str, Any]) -> str:
 def method_name(adapter: Mapping[str, Any] | None, method: Mapping[str, Any] | None = None) -> str:
     """What the adapters are, in words: NoLoRA (swish, gate), rank 8."""
     if method is not None:
-        return f"Adapters by the method {_plain(str(method['name']))}"
+        return f"Adapters by the method {_plain(str(method.get('name')))}"
     if adapter is None:
         return "Trained weights"
     linear = adapter["nonlinearity"] == "identity" and adapter["modulation"] != "gate"

@@ -17,7 +17,7 @@ from nolora_vision.methods.limits import refuse_unfit_layers
 from nolora_vision.surgery.applied import Applied
 from nolora_vision.surgery.inject import freeze_backbone
 from nolora_vision.surgery.plan import PlannedAdapter, plan_adapters
-from nolora_vision.surgery.reach import prove_reach
+from nolora_vision.surgery.reach import UnrunnableError, prove_reach
 from nolora_vision.surgery.sites import BYPASS_FLAG, cure_bypass
 
 TESTED_WITH = "0.21.2"
@@ -116,6 +116,10 @@ def add_peft_layers(
         for path, layer in layers.items():
             layer.train(before.layers[path].training)
         prove_reach(model, layers, example_input)
+    except UnrunnableError as error:
+        before.restore(model, cured)
+        prove_reach(model, {}, example_input)  # raises if the model itself is at fault
+        raise MethodError(f"{method} cannot run on this model: PEFT's layer fails ({_last(error)}).") from error
     except BaseException:
         before.restore(model, cured)
         raise
@@ -201,7 +205,9 @@ def _peft_config(method: str, adapter: AdapterConfig, options: Mapping[str, Any]
     if method == "ia3":
         fields |= {"feedforward_modules": _exactly([p.site.path for p in plan if p.site.role == "fc2"])}
     try:
-        return make(**fields)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified to not save")  # random matrices: the key says them
+            return make(**fields)
     except (TypeError, ValueError) as error:
         raise MethodError(f"PEFT {peft.__version__} does not take {method} so ({_line(error)}).") from error
 
@@ -231,6 +237,10 @@ def _replace_layers(model: nn.Module, method: str, config: Any) -> None:
             tuner(model, config, "default")
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise MethodError(f"PEFT cannot put {method} on this model ({_line(error)}).") from error
+
+
+def _last(error: BaseException) -> str:
+    return str(error).strip().split("\n")[-1].partition(": ")[2][:200]
 
 
 def _line(error: BaseException) -> str:

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from nolora_vision.surgery.plan import InjectionError
 
 
+class UnrunnableError(InjectionError):
+    """The model took none of the inputs tried."""
+
+
 def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_input: Any | None = None) -> None:
     """Run the model once, on the meta device if it can, and check that it calls each adapter.
 
@@ -22,7 +26,7 @@ def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_inp
         example_input: a tensor or a tuple of arguments; None tries images of the sizes that the model knows.
 
     Raises:
-        InjectionError: if an adapter is not called, or the model cannot be run on any input tried.
+        InjectionError: if an adapter is not called, or the model cannot be run on any input tried (UnrunnableError).
     """
     called: set[str] = set()
     hooks = [adapter.register_forward_pre_hook(_noting(called, path)) for path, adapter in adapters.items()]
@@ -57,7 +61,7 @@ def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 failures.append(f"{run.__name__[1:]} on {_shapes(inputs)}: {reason}")
-    raise InjectionError(
+    raise UnrunnableError(
         f"{type(model).__name__} could not be run to check that its adapters are called. Pass example_input=, a tensor "
         f"(or tuple of arguments) that the model accepts. Tried:\n" + "\n".join(f"  - {f[:300]}" for f in failures)
     )

@@ -21,7 +21,7 @@ MODELS = {
 def test_the_size_is_that_of_the_real_model_and_the_next_one_is_too_large(method: str, model: str) -> None:
     family, budget = MODELS[model], 14_000
     adapter = AdapterConfig(rank=2, targets=("qkv", "mlp"))
-    matched = match_parameters(family.build, method, adapter, budget)
+    matched = match_parameters(family.bare, method, adapter, budget)
     real = apply_method(family.build(), method, matched.adapter, options=matched.options)
     assert trained_without_head(real) == matched.parameters
     if METHODS[method].knob is None:
@@ -44,12 +44,12 @@ def test_the_size_is_that_of_the_real_model_and_the_next_one_is_too_large(method
 def test_parts_patterns_and_depth_count() -> None:
     family = MODELS["vit"]
     parts = AdapterConfig(targets=("q", "v"), rank_pattern={"v": 3}, modulation="gate")
-    matched = match_parameters(family.build, "nolora", parts, 5_000)
+    matched = match_parameters(family.bare, "nolora", parts, 5_000)
     assert trained_without_head(apply_method(family.build(), "nolora", matched.adapter)) == matched.parameters <= 5_000
-    deep = match_parameters(family.build, "peanut", AdapterConfig(), 9_000, options={"depth": 2})
+    deep = match_parameters(family.bare, "peanut", AdapterConfig(), 9_000, options={"depth": 2})
     assert deep.options == {"depth": 2} and deep.parameters <= 9_000
     own = AdapterConfig(rank_pattern={"fc1": 1})
-    matched = match_parameters(family.build, "dora", own, 12_000)
+    matched = match_parameters(family.bare, "dora", own, 12_000)
     assert trained_without_head(apply_method(family.build(), "dora", matched.adapter)) == matched.parameters
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_computed_for_it() -> None:
 
     def make() -> torch.nn.Module:
         devices.append(torch.empty(0).device.type)
-        return MODELS["vit"].build()
+        return MODELS["vit"].bare()
 
     match_parameters(make, "lora", AdapterConfig(), 10_000)
     assert devices == ["meta"]
@@ -69,6 +69,6 @@ def test_a_budget_too_small_says_the_least() -> None:
     with pytest.raises(
         MethodError, match=r"peft-lora: its smallest form trains 2,304 parameters, more than the 100 all"
     ):
-        match_parameters(MODELS["vit"].build, "peft-lora", AdapterConfig(), 100)
+        match_parameters(MODELS["vit"].bare, "peft-lora", AdapterConfig(), 100)
     with pytest.raises(MethodError, match="cannot run on a part of a fused layer"):
-        match_parameters(MODELS["vit"].build, "boft", AdapterConfig(targets=("q",)), 10_000)
+        match_parameters(MODELS["vit"].bare, "boft", AdapterConfig(targets=("q",)), 10_000)
