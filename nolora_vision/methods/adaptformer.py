@@ -51,7 +51,6 @@ class ParallelBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D) → (..., D)."""
-        x = x.to(self.down.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x
         return self.up(F.relu(self.down(x))) * self.scale
 
 

@@ -108,13 +108,17 @@ def add_peft_layers(
     before = _Before.of(model, paths)
     cured = cure_bypass(model, paths)
     try:
-        _replace_layers(model, method, config)
+        own = next(iter(before.weights.values())).device
+        # Most draw their start by a generator of the CPU, whatever the default device; PiSSA's comes from the weight.
+        _replace_layers(model, method, config, own if method == "pissa" else torch.device("cpu"))
         layers = {path: model.get_submodule(path) for path in paths}
         untouched = [path for path, layer in layers.items() if layer is before.layers[path]]
         if untouched:
             raise MethodError(f"PEFT put no {method} on {', '.join(untouched[:4])}.")
         for path, layer in layers.items():
             layer.train(before.layers[path].training)
+            if before.weights[path].is_meta:
+                layer.to("meta")
         prove_reach(model, layers, example_input)
     except UnrunnableError as error:
         before.restore(model, cured)
@@ -227,12 +231,12 @@ def _patterns(adapter: AdapterConfig, plan: Plan, *, scaled: bool) -> dict[str, 
     return {**ranks, "alpha_pattern": alphas} if scaled else ranks
 
 
-def _replace_layers(model: nn.Module, method: str, config: Any) -> None:
+def _replace_layers(model: nn.Module, method: str, config: Any, device: torch.device) -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # inject_adapter_in_model refuses methods with shared matrices
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), device:
             warnings.filterwarnings("ignore", message=".*CUDA extension|.*boft_n_butterfly_factor")
             tuner(model, config, "default")
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
