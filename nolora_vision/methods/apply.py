@@ -32,7 +32,7 @@ def apply_method(
 
     Adapters of every kind sit on the layers that `inject` would adapt for this config, with the same cure of bypassed
     layers and the same proof that the model calls each. A fresh model computes what it did before: bit for bit, but to
-    rounding with pissa, dora, hira, oft and boft, and where a bypass was cured.
+    rounding with pissa and boft, and where a bypass was cured.
 
     Args:
         model: a bare model.

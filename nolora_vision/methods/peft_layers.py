@@ -40,7 +40,10 @@ class PeftMethod:
     ranked: bool = True
     """Whether the adapter's rank bounds it as it bounds LoRA's."""
     reads_weight: bool = False
-    """Whether it computes with the frozen weight itself, besides calling the frozen layer."""
+    """Whether it takes the frozen weight's norm or entries, so that a weight held in bf16 would give other numbers.
+
+    PEANuT only multiplies by it, as the frozen layer does, which autocast rounds alike.
+    """
 
 
 def _lora(adapter: AdapterConfig, _options: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ PEFT_METHODS: Mapping[str, PeftMethod] = {
     ),
     "fourierft": PeftMethod("FourierFTConfig", lambda a, o: {**o, "init_weights": True}, ranked=False),
     "hira": PeftMethod("HiraConfig", lambda a, o: {"r": a.rank, "hira_dropout": a.dropout}, reads_weight=True),
-    "peanut": PeftMethod("PeanutConfig", lambda a, o: {"r": a.rank, **o}, reads_weight=True),
+    "peanut": PeftMethod("PeanutConfig", lambda a, o: {"r": a.rank, **o}),
     "randlora": PeftMethod("RandLoraConfig", _randlora, ranked=False),
     "c3a": PeftMethod("C3AConfig", lambda a, o: {**o, "init_weights": True}, ranked=False),
     "oft": PeftMethod("OFTConfig", lambda a, o: {"oft_block_size": o["block_size"]}, ranked=False),
@@ -123,7 +126,8 @@ def add_peft_layers(
     except UnrunnableError as error:
         before.restore(model, cured)
         prove_reach(model, {}, example_input)  # raises if the model itself is at fault
-        raise MethodError(f"{method} cannot run on this model: PEFT's layer fails ({_last(error)}).") from error
+        reason = error.failures[1].partition(": ")[2][:200]  # of the real run on images of the model's own size
+        raise MethodError(f"{method} cannot run on this model: PEFT's layer fails ({reason}).") from error
     except BaseException:
         before.restore(model, cured)
         raise
@@ -241,10 +245,6 @@ def _replace_layers(model: nn.Module, method: str, config: Any, device: torch.de
             tuner(model, config, "default")
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise MethodError(f"PEFT cannot put {method} on this model ({_line(error)}).") from error
-
-
-def _last(error: BaseException) -> str:
-    return str(error).strip().split("\n")[-1].partition(": ")[2][:200]
 
 
 def _line(error: BaseException) -> str:

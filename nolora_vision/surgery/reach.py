@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,11 @@ from nolora_vision.surgery.plan import InjectionError
 
 
 class UnrunnableError(InjectionError):
-    """The model took none of the inputs tried."""
+    """The model took none of the inputs tried; `failures` are the reasons, on meta and for real in turn."""
+
+    def __init__(self, message: str, failures: Sequence[str]) -> None:
+        self.failures = tuple(failures)
+        super().__init__(message)
 
 
 def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_input: Any | None = None) -> None:
@@ -63,7 +67,8 @@ def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
                 failures.append(f"{run.__name__[1:]} on {_shapes(inputs)}: {reason}")
     raise UnrunnableError(
         f"{type(model).__name__} could not be run to check that its adapters are called. Pass example_input=, a tensor "
-        f"(or tuple of arguments) that the model accepts. Tried:\n" + "\n".join(f"  - {f[:300]}" for f in failures)
+        f"(or tuple of arguments) that the model accepts. Tried:\n" + "\n".join(f"  - {f[:300]}" for f in failures),
+        failures,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import nolora_vision
 from nolora_vision import AdapterConfig, ConfigError, InjectionError
 from nolora_vision.methods import METHODS, MethodError, apply_method, merge_for_inference
 from nolora_vision.surgery.adapter import adapted_layers
-from nolora_vision.surgery.applied import applied_to
+from nolora_vision.surgery.applied import APPLIED, applied_to
 from nolora_vision.surgery.frozen_dtype import HELD
 from nolora_vision.surgery.sites import BYPASS_FLAG
 from tests.families import EVA, FAMILIES, SMALL, SWIN, Family
@@ -29,9 +30,9 @@ MODELS = {
     "eva02": Family("eva02_tiny_patch14_224", 56, EVA, bypasses=True),
 }
 ADDING = [name for name, method in METHODS.items() if method.group in ("peft", "own module")]
-# Fresh, these compute W x in another way, so to fp32 rounding of the sums: PiSSA as (W - B A) x + B A x, DoRA times
-# |W| / |W|, HiRA by the product with W + 0, OFT and BOFT with an identity matrix in between.
-ROUNDING = {"pissa": 1e-4, "dora": 1e-5, "boft": 1e-4, "oft": 1e-5}
+# Fresh, these compute W x in another way, so to fp32 rounding: PiSSA as (W - B A) x + B A x, BOFT by the product of W
+# and an identity matrix. The largest difference measured on these models was 6e-8.
+ROUNDING = {"pissa": 1e-6, "boft": 1e-6}
 
 
 @pytest.fixture(params=MODELS)
@@ -106,7 +107,7 @@ def test_held_weights_change_nothing_under_autocast(method: str) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
     held, x = copy.deepcopy(model), MODELS["vit"].images(4)
     nolora_vision.hold_frozen(held, torch.bfloat16)
-    assert (len(getattr(held, HELD).weights) > 0 if hasattr(held, HELD) else method == "full") or method == "x"
+    assert hasattr(held, HELD) == (method != "full"), "else nothing was compared"
     results = []
     for each in (model, held):
         with torch.autocast("cpu", torch.bfloat16):
@@ -335,3 +336,29 @@ def test_without_peft_or_with_an_old_one_it_says_what_to_install(monkeypatch: py
     with pytest.raises(MethodError, match=r"pip install 'nolora-vision\[baselines\]'"):
         apply_method(MODELS["vit"].build(), "dora")
     assert apply_method(MODELS["vit"].build(), "adaptformer")
+
+
+def test_what_needs_the_weight_in_full_is_named() -> None:
+    """Held all the same, DoRA's norm, HiRA's entries and BOFT's rotated weight would be other numbers."""
+    x, differing = MODELS["vit"].images(4), set()
+    for method in METHODS:
+        model = fresh(MODELS["vit"], method).eval()
+        with torch.no_grad():
+            for parameter in nolora_vision.adapter_parameters(model):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        held, applied = copy.deepcopy(model), applied_to(model)
+        assert applied is not None
+        setattr(held, APPLIED, replace(applied, unheld=()))
+        nolora_vision.hold_frozen(held, torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            if not torch.equal(held(x), model(x)):
+                differing.add(method)
+        assert bool(applied.unheld) == (method in differing), method
+    assert differing == {"dora", "hira", "boft"}
+
+
+def test_a_layer_of_peft_that_fails_is_named_as_the_cause() -> None:
+    """OFT takes any input of four dimensions for a convolution's."""
+    with pytest.raises(MethodError, match="oft cannot run on this model: PEFT's layer fails") as caught:
+        apply_method(FAMILIES["maxvit"].build(), "oft", CONFIG)
+    assert "divisible by window" not in str(caught.value)
