@@ -56,6 +56,8 @@ class AdapterConfig:
     """The factor after f: none, a trained vector v, or v with an input-dependent gate."""
     dropout: float = 0.0
     """Probability of dropping an input feature on its way into A."""
+    modulation_noise: float = 0.0
+    """σ of the noise on v in training, `v ⊙ (1 + σ ε)` with ε ~ N(0, 1) for each image, rank and layer; v may be 1."""
     targets: tuple[str, ...] | str = ("qkv", "mlp")
     """Roles (q k v qkv proj mlp fc1 fc2 all), path suffixes, or one regular expression for whole paths."""
     exclude: tuple[str, ...] | str = ()
@@ -116,6 +118,8 @@ def _check_numbers(config: AdapterConfig) -> Iterable[str]:
         yield f"alpha must be a positive number, or None for alpha = rank, got {config.alpha!r}."
     if not (_is_number(config.dropout) and 0 <= config.dropout < 1):
         yield f"dropout must be a probability in [0, 1), got {config.dropout!r}."
+    if not (_is_number(config.modulation_noise) and config.modulation_noise >= 0):
+        yield f"modulation_noise must be a number of at least 0, 0 being off, got {config.modulation_noise!r}."
 
 
 def _check_names(config: AdapterConfig) -> Iterable[str]:

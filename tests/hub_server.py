@@ -1,4 +1,5 @@
-"""A stand-in of the Hugging Face Hub on loopback: models in memory, for the real client to write to and read from.
+"""A stand-in of the Hugging Face Hub on loopback: models in memory, for the real client to write to and read from, and
+datasets to read.
 
 One account, private repositories, branches, tags and commits, and faults on demand; no LFS, xet, redirects or pages.
 """
@@ -14,12 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_standin"
-API = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+?)/(?P<verb>revision|tree|preupload|commit|branch)/(?P<rev>[^/]+)")
-RESOLVE = re.compile(r"/(?P<id>[^/]+/[^/]+)/(?P<verb>resolve)/(?P<rev>[^/]+)/(?P<path>.+)")
+API = re.compile(
+    r"/api/(?:models/|(?P<kind>datasets/))(?P<id>[^/]+/[^/]+?)/(?P<verb>revision|tree|preupload|commit|branch)"
+    r"/(?P<rev>[^/]+)(?:/(?P<path>.+))?"
+)
+RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/(?P<verb>resolve)/(?P<rev>[^/]+)/(?P<path>.+)")
 WRITES = ("preupload", "commit", "branch")
 
 Files = dict[str, bytes]
@@ -73,7 +78,7 @@ class Refusal(Exception):
 
 
 class HubServer(ThreadingHTTPServer):
-    """Repositories by id, faults, and the requests so far as `METHOD path`."""
+    """Repositories by id (`owner/name`, `datasets/owner/name`), faults, and the requests so far as `METHOD path`."""
 
     daemon_threads = True
 
@@ -115,7 +120,8 @@ class Handler(BaseHTTPRequestHandler):
         match = API.fullmatch(path) or RESOLVE.fullmatch(path)
         if match is None:
             raise Refusal(404, "NotFound")
-        repo, verb, rev = self.server.repos.get(match["id"]), match["verb"], unquote(match["rev"])
+        repo = self.server.repos.get((match["kind"] or "") + match["id"])
+        verb, rev = match["verb"], unquote(match["rev"])
         if (verb in WRITES or (repo and repo.private)) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             raise Refusal(401)
         if repo is None:
@@ -135,9 +141,9 @@ class Handler(BaseHTTPRequestHandler):
             modes = {"uploadMode": "regular", "shouldIgnore": False}
             known = {path: git_id(content) for path, content in files.items()}
             return self.send_json({"files": [{"path": path, "oid": known.get(path), **modes} for path in paths]})
-        tree = [{"type": "file", "path": p, "size": len(c), "oid": git_id(c)} for p, c in files.items()]
         if verb == "tree":
-            return self.send_json(tree)
+            recursive = "recursive=false" not in urlsplit(self.path).query.lower()
+            return self.send_json(tree_of(files, unquote(match["path"] or ""), recursive=recursive))
         self.send_json({"id": match["id"], "sha": commit, "siblings": [{"rfilename": path} for path in files]})
 
     def create(self, wanted: dict[str, Any]) -> None:
@@ -188,6 +194,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on the terminal of the tests."""
+
+
+def tree_of(files: Files, folder: str, *, recursive: bool) -> list[dict[str, Any]]:
+    """Files and folders below a folder, as the Hub lists them."""
+    entries = [{"type": "file", "path": p, "size": len(c), "oid": git_id(c)} for p, c in files.items()]
+    folders = {parent.as_posix() for path in files for parent in PurePosixPath(path).parents} - {"."}
+    entries += [{"type": "directory", "path": path, "oid": git_id(path.encode(), "tree")} for path in sorted(folders)]
+    start = f"{folder}/" if folder else ""
+    below = [entry for entry in entries if entry["path"].startswith(start)]
+    if not below:
+        raise Refusal(404, "EntryNotFound")
+    return [entry for entry in below if recursive or "/" not in entry["path"].removeprefix(start)]
 
 
 @contextmanager

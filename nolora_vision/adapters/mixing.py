@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from nolora_vision.adapters.outfit import Outfit, refresh_active, shelf_of, wear
 from nolora_vision.surgery.adapter import ADAPTED_LAYERS, adapted_layers
 from nolora_vision.surgery.inject import InjectionError
 from nolora_vision.surgery.low_rank_adapter import Adapter
+from nolora_vision.surgery.modulation_noise import batch_of
 from nolora_vision.surgery.sites import BYPASS_FLAG
 from nolora_vision.surgery.wrappers import bare_model
 
@@ -99,7 +100,8 @@ class _Mixture:
         for name, rows in _rows(self.groups, len(x), x.device).items():
             adapter = self.adapters[name]
             if adapter is not None:
-                out[rows] = adapter(x[rows], base[rows])
+                with batch_of(len(self.groups[name])) if adapter.training else nullcontext():
+                    out[rows] = adapter(x[rows], base[rows])
         return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nolora_vision.adapters.description import INFO
 from nolora_vision.config import did_you_mean
 from nolora_vision.surgery.adapter import ADAPTED_LAYERS, adapted_layers, adapted_type
-from nolora_vision.surgery.inject import RECORD, SHELF, Injection, InjectionError
+from nolora_vision.surgery.inject import RECORD, SHELF, Injection, InjectionError, tell_images
 from nolora_vision.surgery.low_rank_adapter import Adapter
 from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, inside
 
@@ -121,6 +121,7 @@ def wear(bare: nn.Module, shelf: Shelf, outfit: Outfit) -> None:
             setattr(bare, attribute, value)
         elif hasattr(bare, attribute):
             delattr(bare, attribute)
+    tell_images(bare)
 
 
 def wear_adapter(layer: nn.Module, adapter: Adapter) -> None:

@@ -79,6 +79,8 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subjects = [("layer", name) for name in LAYERS] if "layer" in parts else []
     subjects += [(part, name) for part in parts if part != "layer" for name in models]
+    facts = {"rank": rank, "batch_size": batch_size, "rounds": rounds, "device": str(device)}
+    output.mkdir(parents=True, exist_ok=True)
     tables = []
     with RunsProgress(len(subjects) * len(dtypes)) as progress:
         for part, name in subjects:
@@ -87,11 +89,9 @@ def main(
                 jobs = make_jobs(part, name, config, batch_size, device, dtype, modes=modes, methods=methods)
                 rows = measure(jobs, rounds, device)
                 tables.append({"part": part, "subject": name, "dtype": dtype, "rows": rows})
+                write_record(output / "speed.json", {**facts, "tables": tables, "environment": environment()})
     for table in tables:
         show(table)
-    facts = {"rank": rank, "batch_size": batch_size, "rounds": rounds, "device": str(device)}
-    output.mkdir(parents=True, exist_ok=True)
-    write_record(output / "speed.json", {**facts, "tables": tables, "environment": environment()})
     figures.speed_ratios(output / "speed.png", tables, title=f"rank {rank}, batch {batch_size}, {device}")
     print(f"{output}: " + ", ".join(sorted(path.name for path in output.iterdir())))
 

@@ -108,12 +108,14 @@ class Input(NamedTuple):
         """dA = dhᵀ x: (R, D) for dh: (M, R).
 
         x is not made again if it is w ⊙ (u − μ) ρ + b, the output of a LayerNorm: with g = ρ dh,
-        dA = w ⊙ (gᵀ u − gᵀ μ) + (dhᵀ 1) b.
+        dA = w ⊙ (gᵀ u − gᵀ μ) + (dhᵀ 1) b. Where x has u's rows in another order (windows, shifts), dh is put into
+        theirs: it is D / R times smaller than x.
         """
-        if self.origin is None or not self.origin.is_layer_norm:
+        if self.origin is None or self.origin.rows_of_norm is None:
             return stages.down_gradient(self.x().to(dtype).reshape(-1, self.shape[-1]), dh)
+        dh = self.origin.rows_of_norm(dh.reshape(*self.shape[:-1], dh.shape[-1])).reshape(dh.shape)
         u, mean, rstd, weight, bias = self.tensors
-        u, mean, rstd = u.reshape(-1, self.shape[-1]), mean.reshape(-1, 1), rstd.reshape(-1, 1)
+        u, mean, rstd = u.reshape(-1, self.shape[-1]).to(mean.dtype), mean.reshape(-1, 1), rstd.reshape(-1, 1)
         g = dh.to(rstd.dtype) * rstd
         centred = stages.down_gradient(u, g) - g.t() @ mean.to(g.dtype)
         return torch.addcmul(torch.outer(dh.sum(0), bias.to(dh.dtype)), centred.to(dh.dtype), weight.to(dh.dtype))

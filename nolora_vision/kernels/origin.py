@@ -8,12 +8,14 @@ what they keep. What is not in the tables below is kept as ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Rows = Callable[[Tensor], Tensor]
 Make = Callable[[Iterator[Tensor]], Tensor]
 """Takes the tensors that it needs from an iterator, in the order in which they were listed."""
 
@@ -24,8 +26,9 @@ class Origin(NamedTuple):
     tensors: tuple[Tensor, ...]
     """What other nodes keep anyway."""
     make: Make
-    is_layer_norm: bool
-    """x is w ⊙ (u − μ) ρ + b of `tensors` = (u, μ, ρ, w, b), cast at most; over the last axis, and u in fp32."""
+    rows_of_norm: Rows | None
+    """Given if x is w ⊙ (u − μ) ρ + b of `tensors` = (u, μ, ρ, w, b), over the last axis, μ and ρ at least in fp32, its
+    rows moved at most: takes a tensor that has x's rows, (..., R), to one that has u's."""
 
     def x(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """x again, connected to `tensors` if gradients are enabled."""
@@ -43,15 +46,23 @@ def origin_of(x: Tensor) -> Origin | None:
         return None
     if any(t.device != x.device for t in tensors):  # the cast between was a transfer
         return None
-    return Origin(tuple(tensors), make, _is_layer_norm(x.grad_fn))
+    return Origin(tuple(tensors), make, _rows_of_norm(x.grad_fn, x.shape))
 
 
-def _is_layer_norm(node: Any) -> bool:
-    if node.name() == "ToCopyBackward0":
-        node = node.next_functions[0][0]
+def _rows_of_norm(node: Any, shape: Sequence[int]) -> Rows | None:
+    """Undoes what lies between a layer norm and x, if that is views, casts and moves of whole rows."""
+    steps: list[Rows] = []
+    while node.name() in _MOVES:
+        before, _, back = _MOVES[node.name()](node, shape)
+        if back is None or before[-1] != shape[-1]:
+            return None
+        steps.append(back)
+        node, shape = node.next_functions[0][0], before
     if node.name() != "NativeLayerNormBackward0":
-        return False
-    return len(node._saved_normalized_shape) == 1 and node._saved_input.dtype == torch.float32
+        return None
+    if len(node._saved_normalized_shape) != 1 or node._saved_result1.dtype.itemsize < 4:
+        return None
+    return lambda t: reduce(lambda rows, step: step(rows), steps, t)
 
 
 class _Unknown(Exception):
@@ -68,7 +79,7 @@ def _recipe(node: Any, shape: Sequence[int], tensors: list[Tensor]) -> Make:
         tensors += [_kept(node, attribute) for attribute in attributes]
         return lambda source: function(node, *(next(source) for _ in attributes))
     if name in _MOVES:
-        before, move = _MOVES[name](node, shape)
+        before, move, _ = _MOVES[name](node, shape)
         inner = _recipe(node.next_functions[0][0], before, tensors)
         return lambda source: move(inner(source))
     raise _Unknown
@@ -113,37 +124,42 @@ _KEEPS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
 
 # ---------------------------------------------------------------------------------------- views, copies, casts between
 
-Move = tuple[Sequence[int], Callable[[Tensor], Tensor]]
-"""The shape before, and what was done."""
+Move = tuple[Sequence[int], Rows, Rows | None]
+"""The shape before, what was done, and what undoes it on a tensor of another width; None if it splits rows."""
 
 
 def _same(node: Any, shape: Sequence[int]) -> Move:
-    return shape, lambda t: t
+    return shape, lambda t: t, lambda t: t
 
 
 def _reshape(node: Any, shape: Sequence[int]) -> Move:
-    return node._saved_self_sym_sizes, lambda t: t.reshape(shape)
+    before = node._saved_self_sym_sizes
+    return before, lambda t: t.reshape(shape), lambda t: t.reshape(*before[:-1], t.shape[-1])
 
 
 def _transpose(node: Any, shape: Sequence[int]) -> Move:
     a, b = (_axis(dim, len(shape)) for dim in (node._saved_dim0, node._saved_dim1))
     before = list(shape)
     before[a], before[b] = before[b], before[a]
-    return before, lambda t: t.transpose(a, b)
+    whole = len(shape) - 1 not in (a, b)
+    return before, lambda t: t.transpose(a, b), (lambda t: t.transpose(a, b)) if whole else None
 
 
 def _permute(node: Any, shape: Sequence[int]) -> Move:
     dims = [_axis(dim, len(shape)) for dim in node._saved_dims]
-    before = [0] * len(dims)
-    for size, dim in zip(shape, dims, strict=True):
-        before[dim] = size
-    return before, lambda t: t.permute(dims)
+    before, inverse = [0] * len(dims), [0] * len(dims)
+    for i, (size, dim) in enumerate(zip(shape, dims, strict=True)):
+        before[dim], inverse[dim] = size, i
+    whole = dims[-1] == len(dims) - 1
+    return before, lambda t: t.permute(dims), (lambda t: t.permute(inverse)) if whole else None
 
 
 def _roll(node: Any, shape: Sequence[int]) -> Move:
     shifts = [shift - 2**64 if shift >= 2**63 else shift for shift in node._saved_shifts]
     dims = [_axis(dim, len(shape)) for dim in node._saved_dims]
-    return shape, lambda t: t.roll(shifts, dims)
+    back = [-shift for shift in shifts]
+    whole = bool(dims) and len(shape) - 1 not in dims  # without dims it rolls everything as one row
+    return shape, lambda t: t.roll(shifts, dims), (lambda t: t.roll(back, dims)) if whole else None
 
 
 def _empty_pad(node: Any, shape: Sequence[int]) -> Move:

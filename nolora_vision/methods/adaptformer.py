@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from nolora_vision.config import AdapterConfig
 from nolora_vision.kernels.eager import kaiming_uniform_down
 from nolora_vision.methods.catalogue import MethodError
+from nolora_vision.methods.limits import refuse_settings
 from nolora_vision.surgery.applied import Applied
 from nolora_vision.surgery.inject import freeze_backbone
 from nolora_vision.surgery.plan import PlannedAdapter, plan_adapters
@@ -67,7 +68,7 @@ def mlp_shapes(model: nn.Module, adapter: AdapterConfig) -> dict[str, tuple[int,
     """
     modules = dict(model.named_modules())
     members: dict[str, list[PlannedAdapter]] = {}
-    for planned in plan_adapters(model, replace(adapter, rank=1, rank_pattern={})):
+    for planned in plan_adapters(model, replace(adapter, rank=1)):
         owner = mlp_of(planned.site.path, modules) if planned.site.role in ("fc1", "fc2") else None
         if owner is not None:
             members.setdefault(owner, []).append(planned)
@@ -94,6 +95,7 @@ def add_adaptformer(
     Raises:
         InjectionError: if it cannot be done. The model is then unchanged.
     """
+    refuse_settings("adaptformer", adapter)
     shapes = mlp_shapes(model, adapter)
     options = {**options, "bottleneck": options["bottleneck"] or adapter.rank}
     hooks = []

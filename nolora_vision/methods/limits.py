@@ -28,7 +28,7 @@ def refuse_unfit_layers(
     Raises:
         MethodError: with one reason, if not.
     """
-    _refuse_settings(method, adapter)
+    refuse_settings(method, adapter)
     for planned in plan:
         path = planned.site.path
         if planned.parts is not None:
@@ -51,9 +51,18 @@ def common_block_size(plan: Sequence[PlannedAdapter]) -> int:
     return math.gcd(*(n for planned in plan for n in (planned.site.in_features, planned.site.out_features)))
 
 
-def _refuse_settings(method: str, adapter: AdapterConfig) -> None:
+def refuse_settings(method: str, adapter: AdapterConfig) -> None:
+    """Refuse what the adapter config asks for and the method has not.
+
+    Raises:
+        MethodError: naming the field.
+    """
     if adapter.dropout and method not in WITH_DROPOUT:
         raise MethodError(f"{method} has no dropout, and the adapter config asks for {adapter.dropout:g}. Set it to 0.")
+    if adapter.modulation_noise:
+        raise MethodError(
+            f"{method} has no v, so modulation_noise {adapter.modulation_noise:g} does nothing. Set it to 0."
+        )
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(adapter, name)]
     if patterns and method not in WITH_PATTERNS:
         raise MethodError(f"{method} is the same on every layer: it takes no {' and no '.join(patterns)}.")

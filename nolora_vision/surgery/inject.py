@@ -15,6 +15,7 @@ from nolora_vision.surgery.adapter import AdaptedLayer, adapted_layers, adapted_
 from nolora_vision.surgery.applied import APPLIED
 from nolora_vision.surgery.frozen_dtype import release_frozen
 from nolora_vision.surgery.low_rank_adapter import Adapter, LowRankAdapter, SplitAdapter, make_adapter
+from nolora_vision.surgery.modulation_noise import follow_batch
 from nolora_vision.surgery.plan import InjectionError, PlannedAdapter, plan_adapters
 from nolora_vision.surgery.reach import prove_reach
 from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, cure_bypass
@@ -82,6 +83,7 @@ def inject(
     roles = {planned.site.path: planned.role for planned in plan}
     setattr(model, RECORD, Injection(config, roles, tuple(cured), before, batches_tracked(model)))
     freeze_backbone(model)
+    tell_images(model)
     return model
 
 
@@ -113,6 +115,7 @@ def withdraw(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(name, parameter.requires_grad))
     delattr(model, RECORD)
+    tell_images(model)
 
 
 @contextmanager
@@ -170,6 +173,12 @@ def freeze_backbone(model: nn.Module) -> None:
         layer.adapter.requires_grad_(True)
     for path in classifier_paths(model):
         model.get_submodule(path).requires_grad_(True)
+
+
+def tell_images(model: nn.Module) -> None:
+    """Let adapters with noise know how many images a batch has; without any the model gets no hook, or loses it."""
+    branches = (branch for layer in adapted_layers(model).values() for branch in layer.adapter.branches())
+    follow_batch(model, any(branch.config.modulation_noise for branch in branches))
 
 
 def batches_tracked(model: nn.Module) -> dict[str, int]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nolora_vision.config import AdapterConfig
 from nolora_vision.kernels import FORMULAS, Frozen, LowRank, low_rank_delta
 from nolora_vision.kernels.eager import kaiming_uniform_down
+from nolora_vision.surgery.modulation_noise import noisy, rows_per_image
 
 Rows = tuple[tuple[int, int], ...]
 """Output features as (start, stop) pairs in ascending order."""
@@ -25,13 +26,17 @@ class LowRankAdapter(nn.Module):
 
     Parameters are `lora_A` (R, D), `lora_B` (E, R), `v` (R,) unless the modulation is none, `gate_weight` (R, R) and
     `gate_bias` (R,) if it is a gate, and the θ of f by their names in `kernels.eager`. They are fp32 whatever the base.
+    In training v is noisy if `config.modulation_noise` says so, and v = 1 where there is none.
 
     Args:
         in_features: D.
         out_features: E, the number of output features that the update reaches.
-        config: rank, alpha, f, modulation and dropout; where it goes is not this module's business.
+        config: rank, alpha, f, modulation, its noise and dropout; where it goes is not this module's business.
         rows: which output features of the layer those are; None means all.
     """
+
+    rows_per_image = 1
+    """Of the input's leading dimension, as the last forward of the whole model had it."""
 
     def __init__(
         self,
@@ -69,13 +74,16 @@ class LowRankAdapter(nn.Module):
             nn.init.zeros_(self.get_parameter("gate_weight"))
             nn.init.zeros_(self.get_parameter("gate_bias"))
 
-    def operands(self) -> LowRank:
-        """What `low_rank_delta` needs of this adapter."""
+    def operands(self, x: Tensor | None = None) -> LowRank:
+        """What `low_rank_delta` needs of this adapter; in training with the noise for the images of x: (..., D)."""
         config = self.config  # attributes, not get_parameter: stand-ins of any kind may be in their place
+        v: Tensor | None = None if config.modulation == "none" else self.v  # type: ignore[assignment]
+        if x is not None and self.training and config.modulation_noise:
+            v = noisy(v, x, config.rank, config.modulation_noise, self._rows_per_image(x))
         return LowRank(
             down=self.lora_A,
             up=self.lora_B,
-            v=None if config.modulation == "none" else self.v,  # type: ignore[arg-type]
+            v=v,
             gate=(self.gate_weight, self.gate_bias) if config.modulation == "gate" else None,  # type: ignore[arg-type]
             nonlinearity=config.nonlinearity,
             theta=tuple(getattr(self, name) for name in FORMULAS[config.nonlinearity].theta),
@@ -83,13 +91,24 @@ class LowRankAdapter(nn.Module):
             rows=self.rows,
         )
 
+    def _rows_per_image(self, x: Tensor) -> int:
+        """L / B for x: (L, ..., D), remembered for when it cannot be known; 1 if it cannot be right."""
+        if x.ndim < 2:
+            return 1
+        now = rows_per_image(x)
+        if now is None:
+            return self.rows_per_image if x.shape[0] % self.rows_per_image == 0 else 1
+        if not torch.compiler.is_compiling():  # a compiled forward has no need of it: its graph computes again
+            self.rows_per_image = now
+        return now
+
     def branches(self) -> Iterator[LowRankAdapter]:
         """The updates that this adapter adds to its layer: itself."""
         yield self
 
     def forward(self, x: Tensor, base: Tensor | Frozen) -> Tensor:
         """x: (..., D), base: (..., E) or the layer that makes it of x → base + s · B (v ⊙ f_θ(A x))."""
-        return _add_updates(x, base, [self.operands()], self.config.dropout if self.training else 0.0)
+        return _add_updates(x, base, [self.operands(x)], self.config.dropout if self.training else 0.0)
 
     @torch.no_grad()
     def fold_(self) -> None:
@@ -117,10 +136,11 @@ class LowRankAdapter(nn.Module):
         return (up if self.config.modulation == "none" else up * self.get_parameter("v")) @ self.lora_A
 
     def extra_repr(self) -> str:
-        """Rank, f, modulation, scale and dropout, as shown in `print(model)`."""
+        """Rank, f, modulation, scale, noise and dropout, as shown in `print(model)`."""
         config = self.config
         text = f"rank={config.rank}, nonlinearity={config.nonlinearity}, modulation={config.modulation}"
-        return text + f", scale={self.scale:g}" + (f", dropout={config.dropout:g}" if config.dropout else "")
+        extras = (("modulation_noise", config.modulation_noise), ("dropout", config.dropout))
+        return text + f", scale={self.scale:g}" + "".join(f", {name}={value:g}" for name, value in extras if value)
 
 
 class SplitAdapter(nn.ModuleDict):
@@ -136,7 +156,7 @@ class SplitAdapter(nn.ModuleDict):
         """x: (..., D), base: (..., E) or the layer that makes it → base with each part's update added to its rows."""
         branches = list(self.branches())
         dropout = branches[0].config.dropout if self.training else 0.0
-        return _add_updates(x, base, [branch.operands() for branch in branches], dropout)
+        return _add_updates(x, base, [branch.operands(x) for branch in branches], dropout)
 
 
 def _add_updates(x: Tensor, base: Tensor | Frozen, branches: list[LowRank], dropout: float) -> Tensor:

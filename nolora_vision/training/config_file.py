@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,25 +47,46 @@ def load_run_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: if it is absent, not YAML, or has unknown or unusable values; every problem is listed.
     """
+    return make_run_config(read_yaml(path), owner=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Raises:
+        ConfigError: if it is absent, not YAML, or no mapping.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}."]) from error
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [f"is not YAML: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError(str(path), [f"must hold fields and values, got {type(values).__name__}."])
+    return values
+
+
+def make_run_config(values: Mapping[str, Any], *, owner: str) -> RunConfig:
+    """A config from plain values, as YAML has them.
+
+    Args:
+        owner: whose values they are, for the message.
+
+    Raises:
+        ConfigError: if some are unknown or unusable; every problem is listed.
+    """
     problems = [*_unknown(values, RunConfig, ""), *_unknown(values.get("adapter") or {}, AdapterConfig, "adapter.")]
     try:
         config = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
         kinds = {"extra_forbidden", "unexpected_keyword_argument"}
         problems += [_readable(e) for e in error.errors() if e["type"] not in kinds]
-        raise ConfigError(str(path), problems) from error
+        raise ConfigError(owner, problems) from error
     except ConfigError as error:
-        raise ConfigError(str(path), [*problems, *error.problems]) from error
+        raise ConfigError(owner, [*problems, *error.problems]) from error
     if problems:
-        raise ConfigError(str(path), problems)
+        raise ConfigError(owner, problems)
     return config
 
 
@@ -80,6 +102,15 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which also takes 1e-3 for a number, as YAML 1.2 does and people expect."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _unknown(values: Any, cls: type, prefix: str) -> list[str]:

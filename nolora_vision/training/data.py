@@ -1,11 +1,12 @@
-"""Splits, subsets, transforms and loaders: from a dataset's name to batches."""
+"""Images ready to use: from a dataset's name to its three splits, and from a split to batches for a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,39 +19,27 @@ from torchvision.transforms import Compose
 
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.image_cache import ImageCache
-from nolora_vision.training.sources import Table, load_tables
+from nolora_vision.training.sources import load_tables
+from nolora_vision.training.split_file import describe_splits, read_split_file
+from nolora_vision.training.splits import SPLIT_SEED, Split, both, split_tables, subset, training_subset
+from nolora_vision.training.table import Table
 
-SPLIT_SEED = 0
-"""Validation splits and evaluation subsets are the same for every run, whatever its seed."""
-TEST_SHARE = 0.2
-"""Of a dataset that comes as one heap."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows of a table."""
-
-    table: Table
-    rows: np.ndarray
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each row."""
-        return np.asarray(self.table.labels)[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+MakeCache = Callable[[int, int], ImageCache]
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A dataset ready to use: three splits without overlap, class names, and what it is."""
+    """A dataset ready to use: three splits, class names, and what it is."""
 
     train: Split
     val: Split
     test: Split
     class_names: tuple[str, ...]
     about: Mapping[str, Any]
+    split_file: Mapping[str, Any] = field(default_factory=dict)
+    """What `splits.json` says of the rows."""
+    val_held_out: bool = True
+    """Whether no validation image is trained on; otherwise its score says nothing, and no epoch may be chosen by it."""
 
 
 def load_data(
@@ -60,63 +49,54 @@ def load_data(
     val_split: float = 0.1,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    shots: int | None = None,
+    train_fraction: float | None = None,
+    train_on: Literal["train", "train_val"] = "train",
+    splits: Path | None = None,
     image_key: str | None = None,
     label_key: str | None = None,
     revision: str | None = None,
+    test_split: str | None = None,
+    vtab_root: Path | None = None,
 ) -> ImageData:
     """Load a dataset and split it. Splits are fixed; only the training subset depends on the seed.
+
+    Args:
+        splits: a split file, which says all rows; then nothing is drawn.
 
     Raises:
         RunError: if it cannot be loaded, or a split is empty.
     """
-    tables, about = load_tables(name, image_key=image_key, label_key=label_key, revision=revision)
-    splits, notes = split_tables(tables, val_split)
-    train = subset(splits["train"], max_train_samples, seed)
-    val, test = (subset(splits[split], max_eval_samples, SPLIT_SEED) for split in ("val", "test"))
-    for split, rows in (("training", train), ("validation", val), ("test", test)):
-        if not len(rows):
+    keys = {"image_key": image_key, "label_key": label_key, "revision": revision}
+    tables, about = load_tables(name, **keys, test_split=test_split, vtab_root=vtab_root)
+    if splits is None:
+        chosen, notes = split_tables(tables, val_split, about.get("splits"))
+        chosen["train"], taken = training_subset(
+            chosen["train"], seed=seed, most=max_train_samples, shots=shots, fraction=train_fraction
+        )
+        notes["train"] += "" if taken == "all" else f": {taken}"
+        chosen |= {role: subset(chosen[role], max_eval_samples, SPLIT_SEED) for role in ("val", "test")}
+    else:
+        chosen, notes = read_split_file(splits, tables, about["id"])
+    for split, role in (("training", "train"), ("validation", "val"), ("test", "test")):
+        if not len(chosen[role]):
             raise RunError(f"The {split} split of {name} is empty. Check the dataset, or choose another --val-split.")
-    sizes = {"train_images": len(train), "val_images": len(val), "test_images": len(test)}
-    names = tables["train"].class_names
-    about = {**about, **sizes, "num_classes": len(names), "splits": notes}
-    return ImageData(train, val, test, names, about)
+    file = describe_splits(about["id"], chosen, notes)
+    train = chosen["train"] if train_on == "train" else both(chosen["train"], chosen["val"])
+    held_out, names = train_on == "train", tables["train"].class_names
+    about = {**about, **_facts(tables, train, chosen), "splits": notes, "val_held_out": held_out}
+    return ImageData(train, chosen["val"], chosen["test"], names, about, file, held_out)
 
 
-def split_tables(tables: Mapping[str, Table], val_split: float) -> tuple[dict[str, Split], dict[str, str]]:
-    """Train, validation and test rows, and where each comes from; what is lacking is taken from the training rows."""
-    splits = {name: Split(table, np.arange(len(table.labels))) for name, table in tables.items()}
-    notes = {name: "the dataset's own" for name in splits}
-    if "test" not in splits and "val" in splits:
-        splits["test"], notes["test"] = splits.pop("val"), "the dataset's validation split"
-        notes.pop("val")
-    for name, share in (("test", TEST_SHARE), ("val", val_split)):
-        if name not in splits:
-            splits["train"], splits[name] = hold_out(splits["train"], share)
-            notes[name] = f"{share:.0%} of the training images, by class, seed {SPLIT_SEED}"
-    return splits, notes
+def _facts(tables: Mapping[str, Table], train: Split, chosen: Mapping[str, Split]) -> dict[str, Any]:
+    """Sizes, and of which splits of the dataset they are."""
+    sizes = {"train_images": len(train), "val_images": len(chosen["val"]), "test_images": len(chosen["test"])}
+    rows = {table.name: len(table.labels) for table in tables.values()}
+    return {**sizes, "num_classes": len(train.table.class_names), "rows": rows}
 
 
-def hold_out(split: Split, share: float) -> tuple[Split, Split]:
-    """Divide the rows of each class: (kept, held out)."""
-    random = np.random.default_rng(SPLIT_SEED)
-    held = []
-    for label in np.unique(split.labels):
-        members = random.permutation(split.rows[split.labels == label])
-        held.append(members[: round(len(members) * share)])
-    out = np.sort(np.concatenate(held)) if held else split.rows[:0]
-    return Split(split.table, np.setdiff1d(split.rows, out)), Split(split.table, out)
-
-
-def subset(split: Split, most: int | None, seed: int) -> Split:
-    """At most so many rows, drawn by the seed."""
-    if most is None or most >= len(split):
-        return split
-    rows = np.random.default_rng(seed).permutation(split.rows)[:most]
-    return Split(split.table, np.sort(rows))
-
-
-class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """A split with a transform: index → image (C, H, W) and class.
+class TransformedImages(Dataset[tuple[Tensor, int] | tuple[Tensor, int, int]]):
+    """A split with a transform: index → image (C, H, W) and class, and the index if it is asked for.
 
     With a cache the numbers that come out are the same, bit for bit: before augmentation whole decoded images are kept
     and never smaller ones, and for evaluation, where nothing is random, the images as they are before normalisation.
@@ -126,20 +106,23 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         after: what happens to it each time.
     """
 
-    def __init__(self, split: Split, before: Any, after: Any, cache: ImageCache | None = None) -> None:
-        self.split, self.before, self.after, self.cache = split, before, after, cache
+    def __init__(
+        self, split: Split, before: Any, after: Any, cache: ImageCache | None = None, *, with_rows: bool = False
+    ) -> None:
+        self.split, self.before, self.after, self.cache, self.with_rows = split, before, after, cache, with_rows
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, int]:
         row = int(self.split.rows[index])
 
         def make() -> Image.Image:
             return self.before(self.split.table.image(row))
 
         image = make() if self.cache is None else self.cache.image(index, make)
-        return self.after(image), int(self.split.table.labels[row])
+        label = int(self.split.table.labels[row])
+        return (self.after(image), label, index) if self.with_rows else (self.after(image), label)
 
 
 def fixed_and_random(transform: Any, *, training: bool) -> tuple[Compose, Compose]:
@@ -159,6 +142,8 @@ def make_loader(
     seed: int = 0,
     augmentation: Mapping[str, Any] | None = None,
     cache_bytes: int = 0,
+    make_cache: MakeCache = ImageCache,
+    with_rows: bool = False,
 ) -> DataLoader[Any]:
     """Batches of a split under timm's transform for the model.
 
@@ -166,13 +151,15 @@ def make_loader(
         data_config: of `timm.data.resolve_model_data_config`: input_size, mean, std, interpolation, crop_pct.
         augmentation: further arguments of `timm.data.create_transform`, for training.
         cache_bytes: of images to keep decoded at most, for all workers together; see `TransformedImages`.
+        make_cache: (images, bytes) → the cache: a new one, or one that other loaders have filled.
+        with_rows: yield (images, labels, indices into the split) instead of (images, labels).
     """
     kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
     transform = create_transform(**kept, is_training=training, **(augmentation or {}))
     capacity = int(min(cache_bytes, cache_need(split, kept["input_size"], training=training)))
-    cache = ImageCache(len(split), capacity) if capacity else None
+    cache = make_cache(len(split), capacity) if capacity else None
     return DataLoader(
-        TransformedImages(split, *fixed_and_random(transform, training=training), cache),
+        TransformedImages(split, *fixed_and_random(transform, training=training), cache, with_rows=with_rows),
         batch_size=batch_size,
         shuffle=training,
         drop_last=training and len(split) > batch_size,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,9 +15,12 @@ from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nolora_vision.training.consistency import Batch, Objective, Plain
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.tally import Tally
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Sequence[Tensor]]
+"""(images, labels), or for training (images, labels, indices into the data set)."""
 T = TypeVar("T")
 
 
@@ -48,7 +50,7 @@ class Evaluation:
 
 @dataclass
 class Fit:
-    """What training gave: the best weights by validation, and its history."""
+    """What training gave: the weights of its best epoch by validation, or of its last one, and its history."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = -1
@@ -56,6 +58,9 @@ class Fit:
     best_state: dict[str, Tensor] = field(default_factory=dict)
     train_seconds: float = 0.0
     images_seen: int = 0
+    """Of the data set."""
+    forward_images: int = 0
+    """Images that went through the model in training: more than it has seen where it looks at some twice."""
 
     @property
     def images_per_s(self) -> float:
@@ -128,60 +133,57 @@ def fit(
     epochs: int,
     progress: Progress,
     set_training_mode: Callable[[nn.Module], None],
-    loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    objective: Objective | None = None,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     clip_grad: float | None = None,
     ema: Any | None = None,
+    keep_epoch: str = "best",
 ) -> Fit:
-    """Train for some epochs, validating after each; nothing is kept but the best epoch's trainable weights.
+    """Train for some epochs, validating after each; nothing is kept but the trainable weights of one epoch.
 
     Args:
         scheduler: with `step_update(updates)`, once for each optimizer step, as timm's.
         set_training_mode: puts the bare model in training mode.
+        objective: what a step minimises, see `consistency.py`; None is the cross-entropy.
         mixup: of timm, on a batch and its labels.
         ema: a moving average of the bare model with `update(model)` and `.module`, which is validated instead.
+        keep_epoch: the best by validation, or the last.
 
     Raises:
         RunError: if the loss is not finite.
     """
-    result, updates = Fit(), 0
+    result, updates, objective = Fit(), 0, objective or Plain()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     for epoch in range(epochs):
         set_training_mode(model)
         progress.start_epoch(epoch, epochs, len(train))  # type: ignore[arg-type]
-        started, total, right, seen = time.perf_counter(), 0.0, 0, 0
-        for step, (images, labels) in enumerate(train):
+        tally = Tally(progress, epoch=epoch, processes=accelerator.num_processes)
+        for images, labels, *rows in train:
             mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
             with accelerator.accumulate(model):
-                logits = model(mixed).float()
-                loss = loss_function(logits, targets)
-                value = float(loss.detach())
-                _refuse_not_finite(value, epoch, step, optimizer)
-                accelerator.backward(loss)
+                outcome = objective(model, Batch(mixed, targets, rows[0] if rows else None, epoch))
+                accelerator.backward(outcome.loss)
                 if accelerator.sync_gradients and clip_grad is not None:
                     accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip_grad)
                 optimizer.step()
                 optimizer.zero_grad()
+            tally.add(outcome, labels, optimizer)
             if accelerator.sync_gradients:
                 updates += 1
                 scheduler.step_update(updates)
                 if ema is not None:
                     ema.update(bare, step=updates)
-            n = len(labels)
-            total, seen = total + value * n, seen + n
-            right += int((logits.detach().argmax(-1) == labels).sum())
-            rate = seen * accelerator.num_processes / (time.perf_counter() - started)
-            progress.step(loss=total / seen, top1=100 * right / seen, images_per_s=rate)
-        seconds = time.perf_counter() - started
+        tally.finish()
+        seconds = tally.seconds
         result.train_seconds += seconds
-        result.images_seen += seen * accelerator.num_processes
-        judged = model if ema is None else ema.module
-        scores = evaluate(judged, val, accelerator=accelerator)
-        row = {"epoch": epoch + 1, "train_loss": total / seen, "train_top1_percent": 100 * right / seen}
+        result.images_seen += tally.images
+        result.forward_images += tally.passes
+        scores = evaluate(model if ema is None else ema.module, val, accelerator=accelerator)
+        row = {"epoch": epoch + 1, "train_loss": tally.loss, "train_top1_percent": tally.top1_percent}
         row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent, "lr": optimizer.param_groups[0]["lr"]}
-        row |= {"train_seconds": seconds, "images_per_s": seen * accelerator.num_processes / seconds}
+        row |= {"train_seconds": seconds, "images_per_s": tally.images / seconds}
         result.history.append(row)
-        if scores.top1_percent > result.best_val_top1_percent:
+        if keep_epoch == "last" or scores.top1_percent > result.best_val_top1_percent:
             result.best_epoch, result.best_val_top1_percent = epoch + 1, scores.top1_percent
             result.best_state = trained_copy(bare, bare if ema is None else ema.module)
         progress.end_epoch(row)
@@ -228,12 +230,3 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
-
-
-def _refuse_not_finite(loss: float, epoch: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-    if not math.isfinite(loss):
-        rates = ", ".join(f"{g.get('name', i)} {g['lr']:.2g}" for i, g in enumerate(optimizer.param_groups))
-        raise RunError(
-            f"The loss is {loss} at step {step + 1} of epoch {epoch + 1} (learning rates: {rates}). Try a smaller --lr "
-            f"or --head-lr, --clip-grad, or --amp-dtype bfloat16 instead of float16."
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,19 +31,28 @@ def read_image(path: str) -> Image:
     Raises:
         UnreadableImageError: if the file is absent, no image, damaged, or of more pixels than Pillow allows.
     """
-    from PIL import Image
-
     if os.path.exists(path) and not os.path.isfile(path):
         raise UnreadableImageError("neither a file nor a folder")  # reading a pipe might never end
     try:
-        with Image.open(path, formats=_formats()) as opened:
-            _refuse_shape(opened.size)
-            opened.load()
-            return as_rgb(opened)
+        return _decoded(path)
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         raise UnreadableImageError(_reason(path, error)) from error
+
+
+def decode_image(data: bytes) -> Image:
+    """What `read_image` gives of a file with these bytes.
+
+    Raises:
+        UnreadableImageError: if they are no whole image.
+    """
+    try:
+        return _decoded(BytesIO(data))
+    except UnreadableImageError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(f"damaged ({type(error).__name__})") from error
 
 
 def as_rgb(image: Image) -> Image:
@@ -71,6 +81,15 @@ def image_suffixes() -> frozenset[str]:
 
     formats = set(_formats())
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def _decoded(source: str | BytesIO) -> Image:
+    from PIL import Image
+
+    with Image.open(source, formats=_formats()) as opened:
+        _refuse_shape(opened.size)
+        opened.load()
+        return as_rgb(opened)
 
 
 def _formats() -> list[str]:

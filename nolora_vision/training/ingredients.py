@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from torch import Tensor, nn
 
 from nolora_vision.training.backbone import build_model
-from nolora_vision.training.data import ImageData, Split, cache_need, load_data, make_loader
-from nolora_vision.training.image_cache import cache_budget
+from nolora_vision.training.consistency import Every, Objective, Plain, Previous, Twice
+from nolora_vision.training.data import ImageData, MakeCache, Split, cache_need, load_data, make_loader
+from nolora_vision.training.image_cache import ImageCache, cache_budget
 from nolora_vision.training.run_config import RunConfig
+
+SUBSET_FIELDS = (
+    *("seed", "val_split", "max_train_samples", "max_eval_samples", "shots", "train_fraction", "train_on", "splits"),
+    *("image_key", "label_key", "revision", "test_split", "vtab_root"),
+)
+DATA_FIELDS = ("dataset", *SUBSET_FIELDS)
+"""Fields of RunConfig that decide which images a run sees."""
+MODEL_OPTIONS = ("pretrained_path", "img_size", "drop_path", "grad_checkpointing", "model_kwargs")
+MODEL_FIELDS = ("model", *MODEL_OPTIONS)
+"""Fields of RunConfig that decide which model it starts from, seed and `pretrained` apart."""
 
 
 def load_config_data(config: RunConfig) -> ImageData:
     """The dataset that the config names, split."""
-    return load_data(
-        config.dataset,
-        seed=config.seed,
-        val_split=config.val_split,
-        max_train_samples=config.max_train_samples,
-        max_eval_samples=config.max_eval_samples,
-        image_key=config.image_key,
-        label_key=config.label_key,
-        revision=config.revision,
-    )
+    return load_data(config.dataset, **{name: getattr(config, name) for name in SUBSET_FIELDS})
 
 
-def build_config_model(config: RunConfig, num_classes: int) -> nn.Module:
-    """The timm model that the config names, with a fresh classifier."""
-    return build_model(
-        config.model,
-        num_classes,
-        pretrained=config.pretrained,
-        pretrained_path=config.pretrained_path,
-        img_size=config.img_size,
-        drop_path=config.drop_path,
-        grad_checkpointing=config.grad_checkpointing,
-        model_kwargs=config.model_kwargs,
-    )
+def build_config_model(config: RunConfig, num_classes: int, *, pretrained: bool | None = None) -> nn.Module:
+    """The timm model that the config names, with a fresh classifier.
+
+    Args:
+        pretrained: instead of the config's.
+    """
+    options = {name: getattr(config, name) for name in MODEL_OPTIONS}
+    if pretrained is False:
+        options["pretrained_path"] = None
+    wanted = config.pretrained if pretrained is None else pretrained
+    return build_model(config.model, num_classes, pretrained=wanted, **options)
 
 
 def compute_options(config: RunConfig) -> dict[str, str]:
@@ -49,7 +51,15 @@ def compute_options(config: RunConfig) -> dict[str, str]:
     return {name: getattr(config, name) for name in ("amp_dtype", "frozen_dtype", "fused_attn")}
 
 
-def loader(config: RunConfig, images: Mapping[str, Any], split: Split, *, training: bool, cache_bytes: int = 0) -> Any:
+def loader(
+    config: RunConfig,
+    images: Mapping[str, Any],
+    split: Split,
+    *,
+    training: bool,
+    cache_bytes: int = 0,
+    make_cache: MakeCache = ImageCache,
+) -> Any:
     """Batches of one split, as the model wants its images."""
     augmentation = {"scale": config.scale, "hflip": config.hflip, "auto_augment": config.aa, "re_prob": config.reprob}
     return make_loader(
@@ -61,19 +71,34 @@ def loader(config: RunConfig, images: Mapping[str, Any], split: Split, *, traini
         seed=config.seed,
         augmentation={**augmentation, "color_jitter": None} if training else None,
         cache_bytes=cache_bytes,
+        make_cache=make_cache,
+        with_rows=training and config.consistency_in_use == "previous",
     )
 
 
-def fit_loaders(config: RunConfig, images: Mapping[str, Any], data: ImageData) -> tuple[Any, Any]:
-    """Batches to train on and to validate on; what several epochs look at is kept decoded, as far as there is room.
+def run_loaders(
+    config: RunConfig,
+    images: Mapping[str, Any],
+    data: ImageData,
+    cache_for: Callable[[RunConfig, Split, Mapping[str, Any]], MakeCache] | None = None,
+) -> tuple[Any, Any, Any]:
+    """Batches to train on, to validate on and to test; what is looked at again is kept decoded, as there is room.
 
     Args:
         images: the preprocessing, from `data_config`.
+        cache_for: a shelf's, where further runs will look at the same images.
     """
-    budget = cache_budget(config.cache_images) if config.epochs > 1 else 0
-    for_val = int(min(budget // 2, cache_need(data.val, images["input_size"], training=False)))
-    train = loader(config, images, data.train, training=True, cache_bytes=budget - for_val)
-    return train, loader(config, images, data.val, training=False, cache_bytes=for_val)
+    again = config.epochs > 1 or cache_for is not None
+    budget = cache_budget(config.cache_images) if again else 0
+    room, loaders = budget // 2, []
+    for split, repeated in ((data.val, again), (data.test, cache_for is not None)):
+        taken = int(min(room, cache_need(split, images["input_size"], training=False))) if repeated else 0
+        cache = cache_for(config, split, images) if cache_for else ImageCache
+        loaders.append(loader(config, images, split, training=False, cache_bytes=taken, make_cache=cache))
+        room, budget = room - taken, budget - taken
+    cache = cache_for(config, data.train, {}) if cache_for else ImageCache  # kept as they are decoded
+    train = loader(config, images, data.train, training=True, cache_bytes=budget, make_cache=cache)
+    return train, *loaders
 
 
 def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, *, batches: int) -> Any:
@@ -102,3 +127,22 @@ def mixup_of(config: RunConfig, num_classes: int) -> Any | None:
     return Mixup(
         mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes
     )
+
+
+def objective_of(config: RunConfig, *, images: int, gather: Callable[[Tensor], Any]) -> Objective:
+    """What a training step minimises.
+
+    Args:
+        images: of the training split.
+        gather: accelerate's: a tensor of this process → those of all.
+    """
+    mixes = config.mixup or config.cutmix
+    loss = SoftTargetCrossEntropy() if mixes else nn.CrossEntropyLoss(label_smoothing=config.smoothing)
+    plain, twice = Plain(loss), Twice(loss, config.consistency)
+    if config.consistency_in_use == "previous":
+        return Previous(loss, config.consistency, images=images, gather=gather)
+    if config.consistency_in_use == "every":
+        return Every(config.consistency_every, twice, plain)
+    if config.consistency_in_use == "part":
+        return Twice(loss, config.consistency, share=config.consistency_fraction)
+    return plain if config.consistency_in_use is None else twice

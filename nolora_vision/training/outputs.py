@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -49,25 +50,38 @@ def make_folder(config: RunConfig, model_name: str, size: int) -> Path:
 
 
 def make_record(
-    config: RunConfig, data: ImageData, model: nn.Module, result: Fit, test: Evaluation, *, name: str, seconds: float
+    config: RunConfig,
+    data: ImageData,
+    model: nn.Module,
+    result: Fit,
+    test: Evaluation | None,
+    *,
+    name: str,
+    seconds: float,
 ) -> dict[str, Any]:
     """Everything that the run says of itself; units are in the names, rates count validation apart."""
     counts = summary(model)
+    tested = {}
+    if test is not None:
+        tested = {
+            "test_top1_percent": test.top1_percent,
+            "test_top5_percent": test.top5_percent,
+            "test_loss": test.loss,
+            "test_seconds": test.seconds,
+            "test_images_per_s": len(test.labels) / test.seconds,
+        }
     return {
         "method": config.method,
         "model": name,
         "dataset": dict(data.about),
         "metrics": {
-            "test_top1_percent": test.top1_percent,
-            "test_top5_percent": test.top5_percent,
-            "test_loss": test.loss,
-            "val_top1_percent": result.best_val_top1_percent,
+            **tested,
+            **({"val_top1_percent": result.best_val_top1_percent} if data.val_held_out else {}),
             "best_epoch": result.best_epoch,
             "train_seconds": result.train_seconds,
-            "test_seconds": test.seconds,
             "total_seconds": seconds,
             "train_images_per_s": result.images_per_s,
-            "test_images_per_s": len(test.labels) / test.seconds,
+            "train_forward_images": result.forward_images,
             "adapter_bytes": adapter_bytes(model),
             **peak_memory(),
         },
@@ -109,6 +123,7 @@ def save_outputs(
         },
     )
     write_atomic(folder / "summary.csv", history_csv(result.history))
+    write_atomic(folder / "splits.json", json.dumps(data.split_file, indent=2, ensure_ascii=False) + "\n")
     title = f"{record['method']}, {record['model']}, {record['dataset']['id']}"
     drawn = figures.learning_curve(
         folder / "learning_curve.png", result.history, best_epoch=result.best_epoch, title=title
@@ -136,7 +151,7 @@ def show(record: Mapping[str, Any], folder: Path) -> None:
     rows = [
         ("test top-1", f"{metrics['test_top1_percent']:.2f} %"),
         *([("test top-5", f"{metrics['test_top5_percent']:.2f} %")] if record["dataset"]["num_classes"] > 5 else []),
-        ("validation top-1", f"{metrics['val_top1_percent']:.2f} % (epoch {metrics['best_epoch']}, the one tested)"),
+        ("validation top-1", _validation(record)),
         ("trainable parameters", f"{parameters['trainable_without_head']:,} + head {parameters['head']:,}"),
         ("time", f"{metrics['total_seconds']:.0f} s, of it training {metrics['train_seconds']:.0f} s"),
         ("training speed", f"{metrics['train_images_per_s']:.0f} images/s"),
@@ -146,6 +161,13 @@ def show(record: Mapping[str, Any], folder: Path) -> None:
     print(f"{folder}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in folder.iterdir()))}")
     print(f"Use it: nolora-vision predict {folder / 'adapter'} IMAGES…")
     print(f"Test it again: python train.py --eval-only --adapter {folder / 'adapter'} --dataset {_dataset_of(record)}")
+
+
+def _validation(record: Mapping[str, Any]) -> str:
+    metrics = record["metrics"]
+    if "val_top1_percent" not in metrics:
+        return "none: these images were trained on"
+    return f"{metrics['val_top1_percent']:.2f} % (epoch {metrics['best_epoch']}, the one tested)"
 
 
 def _dataset_of(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from timm.data import create_transform
-from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -55,14 +54,16 @@ from nolora_vision.training.errors import RunError
 from nolora_vision.training.ingredients import (
     build_config_model,
     compute_options,
-    fit_loaders,
     load_config_data,
     loader,
     make_scheduler,
     mixup_of,
+    objective_of,
+    run_loaders,
 )
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
 from nolora_vision.training.run_config import RunConfig
+from nolora_vision.training.shelf import Shelf
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,11 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    *,
+    progress: Progress | None = None,
+    shelf: Shelf | None = None,
+    keep: bool = True,
+    score_test: bool = True,
+) -> dict[str, Any]:
     """Train and test as the config says; returns the record that also lies in the run's folder.
 
     Args:
         progress: who is told how it goes instead of the terminal, which then gets no table either.
+        shelf: what runs before this one have loaded already.
+        keep: whether to leave a folder with record, adapter and pictures; only a run that is tested does.
+        score_test: whether to look at the test images at all; runs that are compared to choose something must not.
 
     Raises:
         RunError: if something the user can mend is wrong; nothing is written before data and model are there.
@@ -93,21 +104,25 @@ def run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any
     refuse_unusable(config)
     started = time.perf_counter()
     seed_everything(config.seed)
-    data = load_config_data(config)
-    model = build_config_model(config, len(data.class_names))
+    data = shelf.data(config) if shelf else load_config_data(config)
+    model = (shelf.model if shelf else build_config_model)(config, len(data.class_names))
     images = data_config(model, config.img_size, config.crop_pct or data.about.get("crop_pct"))
     refuse_wrong_size(model, images["input_size"])
     apply_method(model, config.method, config.adapter, options=config.method_options)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
-    folder = Path(from_main_process(lambda: str(outputs.make_folder(config, name, images["input_size"][-1]))))
-    result, test = train_and_test(config, data, images, model, folder, progress or LiveProgress())
+    size, folder = images["input_size"][-1], None
+    if keep and score_test:
+        folder = Path(from_main_process(lambda: str(outputs.make_folder(config, name, size))))
+    loaders = run_loaders(config, images, data, shelf and shelf.cache_for)
+    watched = progress or LiveProgress()
+    result, test = train_and_test(config, data, loaders, model, folder, watched, score_test=score_test)
     seconds = time.perf_counter() - started
     record = outputs.make_record(config, data, model, result, test, name=name, seconds=seconds)
-    if on_main_process():
+    if folder is not None and test is not None and on_main_process():
         outputs.save_outputs(folder, record, data, images, model, result, test)
         if progress is None:
             outputs.show(record, folder)
-    return {**record, "folder": str(folder), "history": result.history}
+    return {**record, "folder": folder and str(folder), "history": result.history}
 
 
 def refuse_unusable(config: RunConfig) -> None:
@@ -140,28 +155,36 @@ def make_optimizer(config: RunConfig, groups: Sequence[dict[str, Any]]) -> torch
     return create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
-def train_and_test(
-    config: RunConfig,
-    data: ImageData,
-    images: Mapping[str, Any],
-    model: nn.Module,
-    folder: Path,
-    progress: Progress,
-) -> tuple[Fit, Evaluation]:
-    """Fit, go back to the best epoch by validation, and score the test split once.
-
-    Args:
-        images: the preprocessing, from `data_config`.
-    """
+def make_run_accelerator(config: RunConfig, folder: Path | None) -> Any:
+    """accelerate's view of the machine for a run, its trackers begun."""
     accelerator = make_accelerator(
         config.amp_dtype, grad_accum_steps=config.grad_accum_steps, report_to=config.report_to, folder=folder
     )
     if config.report_to != "none":
         accelerator.init_trackers("nolora-vision", config={"config": json.dumps(as_plain(asdict(config)))})
+    return accelerator
+
+
+def train_and_test(
+    config: RunConfig,
+    data: ImageData,
+    loaders: tuple[Any, Any, Any],
+    model: nn.Module,
+    folder: Path | None,
+    progress: Progress,
+    *,
+    score_test: bool = True,
+) -> tuple[Fit, Evaluation | None]:
+    """Fit, go back to the epoch to keep, and score the test split once, or not at all.
+
+    Args:
+        loaders: of `run_loaders`: training, validation, test.
+    """
+    accelerator = make_run_accelerator(config, folder)
     set_compute(model, accelerator.device.type, **compute_options(config))
     groups = param_groups(model, lr=config.lr or 0.0, head_lr=config.head_lr, weight_decay=config.weight_decay)
     optimizer = make_optimizer(config, groups)
-    train, val = fit_loaders(config, images, data)
+    train, val, test = loaders
     scheduler = make_scheduler(config, optimizer, batches=len(train) // accelerator.num_processes)
     ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
     runnable = torch.compile(model) if config.torchcompile else model
@@ -178,15 +201,17 @@ def train_and_test(
             epochs=config.epochs,
             progress=told,
             set_training_mode=training_mode,
-            loss_function=SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=config.smoothing),
+            objective=objective_of(config, images=len(data.train), gather=accelerator.gather),
             mixup=mixup,
             clip_grad=config.clip_grad,
             ema=ema,
+            keep_epoch=config.keep_epoch,
         )
     restore(model, result.best_state)
-    test = accelerator.prepare(loader(config, images, data.test, training=False))
-    scores = evaluate(runnable, test, accelerator=accelerator)
-    accelerator.log({"test_top1_percent": scores.top1_percent}, step=config.epochs)
+    scores = None
+    if score_test:
+        scores = evaluate(runnable, accelerator.prepare(test), accelerator=accelerator)
+        accelerator.log({"test_top1_percent": scores.top1_percent}, step=config.epochs)
     accelerator.end_training()
     return result, scores
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import ConfigDict
 
-from nolora_vision.config import AdapterConfig, ConfigError
+from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
 from nolora_vision.methods.catalogue import METHODS, method_problems
 
 Short = tyro.conf.arg
@@ -25,7 +25,8 @@ class RunConfig:
     model: str = "vit_base_patch16_224"
     """Name of a timm model, with or without its pretrained tag."""
     dataset: str = "cifar100"
-    """cifar10, cifar100, digits (or digits:5-9), a Hugging Face dataset id, or a local folder or file."""
+    """cifar10, cifar100, pets, cars, dtd, eurosat, aircraft, resisc45, food101, flowers102, beans, digits (or
+    digits:5-9), vtab:TASK, a Hugging Face dataset id, or a local folder or file."""
     method: str = "nolora"
     """What trains: nolora, lora, aurora (ours); linear (the classifier), full, bitfit, layernorm; adaptformer; or by
     PEFT peft-lora, rslora, lora-plus, dora, pissa, vera, fourierft, hira, peanut, randlora, c3a, oft, boft, ia3."""
@@ -73,6 +74,18 @@ class RunConfig:
     """CutMix alpha; 0 is off."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
+    keep_epoch: Literal["best", "last"] = "best"
+    """Epoch whose weights are kept and tested: the best by validation, or the last."""
+    consistency: float = 0.0
+    """λ: weight of ‖logits₁ − logits₂‖² between two noisy looks at an image; needs adapter.modulation_noise, or another
+    source of noise where the method has no modulation."""
+    consistency_mode: Literal["twice", "previous", "part", "every"] | None = None
+    """Which two looks: two copies of each image in a batch, or this epoch's and the last one's; or copies of a part of
+    the batch, or in every so many batches. None is twice where consistency is above 0; others are on at 0, too."""
+    consistency_fraction: float = 0.5
+    """Share of a batch that part looks at twice."""
+    consistency_every: int = 2
+    """Period of every, in batches."""
     model_ema: bool = False
     """Also keep a moving average of the trained weights, and evaluate that."""
     model_ema_decay: float = 0.999
@@ -93,13 +106,26 @@ class RunConfig:
     label_key: str | None = None
     """Column of the labels; None finds it."""
     revision: str | None = None
-    """Revision of a Hub dataset."""
+    """Branch, tag or commit of a Hub dataset; None takes main. The record says which commit that was."""
+    test_split: str | None = None
+    """The dataset's own name of the split to test on, such as contrast of cars; None takes its test split."""
+    vtab_root: Path | None = None
+    """Folder with VTAB-1k's tasks, for vtab:TASK: each with train800.txt, val200.txt, test.txt and its images."""
     val_split: float = 0.1
     """Share of the training images held out where the dataset has no validation split."""
     max_train_samples: int | None = None
     """Train on this many images at most, drawn by the seed."""
     max_eval_samples: int | None = None
-    """Validate and test on this many images at most each, drawn by the seed."""
+    """Validate and test on this many images at most each, the same for every seed."""
+    shots: int | None = None
+    """Train on this many images of each class, drawn by the seed."""
+    train_fraction: float | None = None
+    """Train on this share of the images of each class, drawn by the seed."""
+    train_on: Literal["train", "train_val"] = "train"
+    """Training images, or in a final run also the validation images (VTAB-1k's train800val200): their score is then
+    none, so it needs keep_epoch last."""
+    splits: Path | None = None
+    """A splits.json of another run: train, validate and test on exactly its images."""
 
     amp_dtype: Literal["none", "bfloat16", "float16"] = "none"
     """Compute in this type under autocast."""
@@ -134,10 +160,11 @@ class RunConfig:
     """On an error, show the whole traceback."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output))
-        if self.pretrained_path is not None:
-            object.__setattr__(self, "pretrained_path", Path(self.pretrained_path))
+        for name in ("output", "pretrained_path", "vtab_root", "splits"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
         problems = [*method_problems(self.method, self.method_options), *_range_problems(self)]
+        problems += [*_split_problems(self), *_consistency_problems(self)]
         if self.eval_only and self.adapter_dir is None:
             problems.append("eval_only needs the adapter to test: --adapter DIR.")
         if self.pretrained_path is not None and self.pretrained_path.suffix != ".safetensors":
@@ -152,6 +179,11 @@ class RunConfig:
             problems.append(f"scale must be (smallest, largest), got {self.scale}.")
         if problems:
             raise ConfigError("RunConfig", problems)
+
+    @property
+    def consistency_in_use(self) -> str | None:
+        """The consistency_mode with its default, or None for plain training."""
+        return self.consistency_mode or ("twice" if self.consistency > 0 else None)
 
     def resolved(self) -> RunConfig:
         """The same config with the method's own learning rate in place of None."""
@@ -176,13 +208,20 @@ class RunConfig:
         )
 
 
+CONSISTENCY_MODES = ("twice", "previous", "part", "every")
+MODULATED_METHODS = ("nolora", "lora", "aurora")
+"""Methods whose adapters take modulation_noise."""
+DROPOUT_KWARGS = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+"""timm's arguments that make a model in training noisy."""
+
 _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),
-    **dict.fromkeys(("max_train_samples", "max_eval_samples"), 1),
+    **dict.fromkeys(("max_train_samples", "max_eval_samples", "shots"), 1),
     **dict.fromkeys(("lr", "head_lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix"), 0),
-    **dict.fromkeys(("workers", "seed"), 0),
+    **dict.fromkeys(("workers", "seed", "consistency"), 0),
+    "consistency_every": 1,
 }
-_FRACTIONS = ("smoothing", "drop_path", "model_ema_decay", "hflip", "reprob", "val_split")
+_FRACTIONS = ("consistency_fraction", "smoothing", "drop_path", "model_ema_decay", "hflip", "reprob", "val_split")
 
 
 def _range_problems(config: RunConfig) -> Iterable[str]:
@@ -198,6 +237,47 @@ def _range_problems(config: RunConfig) -> Iterable[str]:
         yield f"cache_images must be auto, none or at least 1 MiB, got {config.cache_images}."
     if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
         yield f"crop_pct must be in (0, 1], got {config.crop_pct}."
+    if config.train_fraction is not None and not 0 < config.train_fraction <= 1:
+        yield f"train_fraction must be in (0, 1], got {config.train_fraction}."
     for value in config.scale:
         if not 0 < value <= 1:
             yield f"scale must be fractions of the image in (0, 1], got {value}."
+
+
+def _split_problems(config: RunConfig) -> Iterable[str]:
+    draws = [name for name in ("max_train_samples", "shots", "train_fraction") if getattr(config, name) is not None]
+    if len(draws) > 1:
+        yield f"{' and '.join(draws)} each choose the training images: give one of them."
+    if config.max_eval_samples is not None:
+        draws.append("max_eval_samples")
+    if config.splits is not None and draws:
+        yield f"splits says which images to take, so {' and '.join(draws)} can't: give --splits or that."
+    if config.train_on == "train_val" and config.keep_epoch == "best" and not config.eval_only:
+        yield "train_on train_val trains on the validation images, so they can't choose an epoch: set keep_epoch last."
+
+
+def _consistency_problems(config: RunConfig) -> Iterable[str]:
+    mode, method = config.consistency_in_use, config.method
+    if config.consistency_mode not in (None, *CONSISTENCY_MODES):
+        hint = did_you_mean(str(config.consistency_mode), CONSISTENCY_MODES)
+        yield f"consistency_mode must be one of {', '.join(CONSISTENCY_MODES)}, got {config.consistency_mode!r}.{hint}"
+    if config.consistency_fraction == 0:
+        yield "consistency_fraction is 0, so nothing would be looked at twice; leave consistency off instead."
+    if mode is None:
+        return
+    if method in MODULATED_METHODS and not config.adapter.modulation_noise:
+        yield (
+            f"consistency of {method} needs noise on v, or both looks are the same: set adapter.modulation_noise, 0.5 "
+            f"for example."
+        )
+    dropped = config.drop_path or any(config.model_kwargs.get(name) for name in DROPOUT_KWARGS)
+    if method not in MODULATED_METHODS and not dropped:
+        yield (
+            f"consistency of {method} needs another source of noise, as it has no v, or both looks are the same: set "
+            f"drop_path, or drop_rate in model_kwargs, or leave consistency off."
+        )
+    if mode == "previous" and (config.mixup or config.cutmix):
+        yield (
+            "consistency_mode previous does not go with mixup or cutmix, which mix an image with another one in each "
+            "epoch. Turn them off, or take twice, part or every, whose copies share the mix."
+        )

@@ -18,6 +18,12 @@ from nolora_vision.kernels.origin import origin_of
 from tests.operands import make_branch
 
 WEIGHT, BIAS = torch.linspace(0.5, 1.5, 6, dtype=torch.float64), torch.linspace(-1, 1, 6, dtype=torch.float64)
+
+
+def norm(u: Tensor) -> Tensor:
+    return F.layer_norm(u, (6,), WEIGHT, BIAS)
+
+
 MADE: dict[str, Callable[[Tensor], Tensor]] = {
     "layer norm": lambda u: F.layer_norm(u, (6,), WEIGHT, BIAS, eps=0.1),
     "gelu": F.gelu,
@@ -28,7 +34,13 @@ MADE: dict[str, Callable[[Tensor], Tensor]] = {
     "flattened": lambda u: F.gelu(u).reshape(-1, 6),
     "windows": lambda u: F.layer_norm(u, (6,), WEIGHT, BIAS).roll((-1, 1), (0, -2)).transpose(0, -2).contiguous(),
     "channels last": lambda u: F.silu(u.permute(2, 0, 1)).permute(1, -1, 0),
+    "swin": lambda u: norm(u).roll(1, 0).view(3, 2, 2, 6).permute(0, -2, 1, 3).reshape(-1, 6).view(6, 2, 6),
+    "rolled as one row": lambda u: norm(u).roll(1),
+    "channels moved": lambda u: norm(u).transpose(-1, 0).permute(1, 2, 0).reshape(-1, 6),
+    "channels split": lambda u: norm(u).reshape(-1, 3).view(3, 4, 6),
 }
+WHOLE_ROWS = {"layer norm", "windows", "swin"}
+"""Of these, where dA is had without x."""
 KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "leaf": lambda u: u,
     "sum": lambda u: u + 1,
@@ -56,7 +68,7 @@ def test_x_is_made_again(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     u, layer, branch = operands()
     x = MADE[how](u)
     origin = origin_of(x)
-    assert origin is not None and not origin.is_layer_norm  # that is for fp32
+    assert origin is not None and (origin.rows_of_norm is not None) == (how in WHOLE_ROWS)
     assert all(t.data_ptr() != x.data_ptr() for t in origin.tensors)
     torch.testing.assert_close(origin.x(origin.tensors, x.dtype), x)
     with torch.no_grad():
@@ -81,12 +93,14 @@ def test_x_is_kept_where_nobody_keeps_what_it_is_made_of(how: str) -> None:
 def test_a_norm_over_several_axes_and_one_in_bf16_are_made_again_as_they_are() -> None:
     """dA of u takes the last axis alone for normalised; in bf16 the difference gᵀ u − gᵀ μ would lose its digits."""
     u = torch.randn(3, 4, 6, requires_grad=True)
-    assert origin_of(F.layer_norm(u, (6,), WEIGHT.float(), BIAS.float())).is_layer_norm
+    assert origin_of(F.layer_norm(u, (6,), WEIGHT.float(), BIAS.float())).rows_of_norm is not None
+    mixed = F.layer_norm(u.bfloat16(), (6,), WEIGHT.float(), BIAS.float())  # under autocast: μ and ρ are fp32
+    assert origin_of(mixed).rows_of_norm is not None
     both = F.layer_norm(u, (4, 6), torch.ones(4, 6), torch.zeros(4, 6))
     low = F.layer_norm(u.bfloat16(), (6,), WEIGHT.bfloat16(), BIAS.bfloat16())
     for x in (both, low):
         origin = origin_of(x)
-        assert origin is not None and not origin.is_layer_norm
+        assert origin is not None and origin.rows_of_norm is None
         with torch.no_grad():
             # a bit of bf16 of the terms w x̂ and b, as torch rounds in between and here only the sum is rounded
             tolerance = {"rtol": 2**-7, "atol": 2**-8} if x is low else {}
@@ -117,7 +131,7 @@ def test_a_large_mean_does_not_spoil_the_gradient(mean: float, monkeypatch: pyte
         monkeypatch.setattr(autograd, "origin_of", (lambda x: None) if kept else origin_of)
         branch = with_operands(made, iter(t.detach().to(dtype).requires_grad_() for t in operands_of(made)))
         x = F.layer_norm(u.to(dtype).requires_grad_(), (64,), torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype))
-        assert kept or origin_of(x).is_layer_norm
+        assert kept or origin_of(x).rows_of_norm is not None
         y = autograd.low_rank_delta(x, Frozen(weight.to(dtype), None), [branch])
         return torch.autograd.grad(y.sum(), branch.down)[0].double()
 

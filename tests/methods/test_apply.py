@@ -271,6 +271,8 @@ def test_a_bypassed_layer_is_refused_and_the_model_comes_back(method: str) -> No
         ("boft", {}, {"block_size": 24}, "boft needs a block size that divides"),
         ("fourierft", {}, {"n_frequency": 20_000}, r"n_frequency 20,000 exceeds blocks\.0\.attn\.qkv's 12,288 entries"),
         ("ia3", {"dropout": 0.1}, {}, "ia3 has no dropout, and the adapter config asks for 0.1"),
+        ("dora", {"modulation_noise": 0.5}, {}, "dora has no v, so modulation_noise 0.5 does nothing"),
+        ("adaptformer", {"modulation_noise": 0.5}, {}, "adaptformer has no v"),
         ("vera", {"rank_pattern": {"fc1": 2}}, {}, "vera is the same on every layer: it takes no rank_pattern"),
         (
             "adaptformer",

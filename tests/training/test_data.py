@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nolora_vision.training import sources
+from nolora_vision.training import hub_tables, sources
 from nolora_vision.training.data import ImageData, load_data, make_loader
 from nolora_vision.training.errors import RunError
 
@@ -119,7 +119,11 @@ def test_columns_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
     [
         ("cifar11", r"Unknown dataset 'cifar11'\. Did you mean 'cifar10'\? Wanted one of digits, cifar10, cifar100"),
         ("{tmp}/empty", "is no image folder: wanted one sub-folder with images for each class"),
-        ("{tmp}/file.txt", "is no dataset: wanted a folder of images, or a .parquet or .arrow file"),
+        (
+            "{tmp}/file.txt",
+            r"is no dataset: wanted a folder of images, a \.parquet or \.arrow file, or a",
+        ),
+        ("{tmp}/no.safetensors", r"does not exist\. Make it with python -m nolora_vision\.training\.pack DATASET"),
         ("{tmp}/bad.parquet", "could not be read as parquet"),
     ],
 )
@@ -138,9 +142,64 @@ def test_empty_split_is_refused() -> None:
 
 def test_wrong_class_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = {"train": dataset_of(10, image="img"), "test": dataset_of(10, image="img")}
-    monkeypatch.setattr(sources, "_load_from_hub", lambda *_: copy)
-    with pytest.raises(RunError, match="should have 10 classes, this copy has 2"):
+    monkeypatch.setattr(hub_tables, "fetch", lambda *_: copy)
+    with pytest.raises(RunError, match="should have 10 classes, this copy has 2 in its column 'label'"):
         load_data("cifar10")
+    assert load_data("uoft-cs/cifar10", val_split=0.5).class_names == ("cat", "dog")
+    assert (
+        load_data("cifar100", image_key="img", label_key="label", val_split=0.5).about["id"] == "uoft-cs/cifar100"
+    )  # asked for, so not refused
+
+
+def test_a_folder_with_a_known_name_is_not_guessed_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("ant", "bee"):
+        (tmp_path / "beans" / name).mkdir(parents=True)
+        for i in range(10):
+            picture(i).save(tmp_path / "beans" / name / f"{i}.png")
+    with pytest.raises(RunError, match=r"Say --dataset \./beans for that, or --dataset AI-Lab-Makerere/beans"):
+        load_data("beans")
+    assert load_data("./beans").class_names == ("ant", "bee")
+
+
+def test_files_of_other_splits_are_not_trained_on(tmp_path: Path) -> None:
+    for split, count in (("train", 40), ("test", 10), ("contrast", 12)):
+        dataset_of(count).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    data = load_data(str(tmp_path))
+    assert (len(data.train) + len(data.val), len(data.test)) == (40, 10)
+    data = load_data(str(tmp_path), test_split="contrast")
+    assert (len(data.train) + len(data.val), len(data.test)) == (40, 12) and data.about["rows"]["contrast"] == 12
+    with pytest.raises(RunError, match=r"no split 'fog' to test on\. Choose --test-split from: contrast, test"):
+        load_data(str(tmp_path), test_split="fog")
+    with pytest.raises(RunError, match="no split 'train' to test on"):
+        load_data(str(tmp_path), test_split="train")
+    with pytest.raises(RunError, match=r"digits has no split 'fog' to test on\. Choose --test-split from: test"):
+        load_data("digits", test_split="fog")
+
+
+def test_a_folder_of_images_is_tested_on_the_split_that_is_asked_for(tmp_path: Path) -> None:
+    for part, count in (("train", 10), ("val", 3), ("test", 4), ("fog", 5)):
+        for name in ("ant", "bee"):
+            (tmp_path / "d" / part / name).mkdir(parents=True)
+            for i in range(count):
+                picture(i).save(tmp_path / "d" / part / name / f"{i}.png")
+    for split, sizes in ((None, (20, 6, 8)), ("fog", (20, 6, 10)), ("val", (18, 2, 6))):
+        data = load_data(str(tmp_path / "d"), test_split=split)
+        assert (len(data.train), len(data.val), len(data.test)) == sizes
+    with pytest.raises(RunError, match=r"has no split 'fog' to test on\. It has none but the training split"):
+        load_data(str(tmp_path / "d" / "val"), test_split="fog")
+
+
+def test_parts_of_each_class_and_the_final_run() -> None:
+    with pytest.raises(RunError, match="shots and train_fraction each choose the training images"):
+        load_data("digits", shots=1, train_fraction=0.5)
+    data = load_data("digits", shots=3, seed=1)
+    assert np.bincount(data.train.labels).tolist() == [3] * 10
+    assert data.about["splits"]["train"] == "the dataset's own: 3 images of each class, seed 1"
+    final = load_data("digits", shots=3, seed=1, train_on="train_val")
+    assert set(final.train.rows) == set(data.train.rows) | set(data.val.rows)
+    assert not final.val_held_out and final.about["val_held_out"] is False and data.about["val_held_out"] is True
+    assert final.split_file == data.split_file and final.about["train_images"] == 30 + len(data.val)
 
 
 def test_loaders_repeat_by_seed_and_see_each_image_once() -> None:

@@ -71,6 +71,16 @@ def test_the_best_epoch_by_validation_is_kept_not_the_last() -> None:
     assert judged.top1_percent == result.best_val_top1_percent == max(scores)
 
 
+def test_the_last_epoch_is_kept_where_it_is_asked_for() -> None:
+    model, loader = nn.Linear(4, 3), batches(12, 12)
+    x = loader.dataset.tensors[0]
+    at_first = TensorDataset(x, model(x).argmax(1))
+    result = train(model, loader, lr=0.2, epochs=40, val=DataLoader(at_first, batch_size=12), keep_epoch="last")
+    scores = [row["val_top1_percent"] for row in result.history]
+    assert result.best_epoch == 40 and result.best_val_top1_percent == scores[-1] < max(scores)
+    assert torch.equal(result.best_state["weight"], model.weight)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     model = nn.Linear(4, 3)
     nn.init.constant_(model.weight, float("nan"))

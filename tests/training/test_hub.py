@@ -10,6 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.hub
 
+ROOT = Path(__file__).parents[2]
+
 TINY = ["--model", "vit_tiny_patch16_224", "--max-train-samples", "16", "--max-eval-samples", "16", "--epochs", "1"]
 TINY += ["-b", "8", "--workers", "0", "--output", "out", "--experiment", "run", "--amp-dtype", "bfloat16"]
 
@@ -30,6 +32,36 @@ def test_a_run_on_the_hubs_weights_and_images(train_py, hub_env, tmp_path: Path)
     args = ["--eval-only", "--adapter", adapter, "--dataset", "cifar10", "--max-eval-samples", "16", "-b", "8"]
     again = train_py(*args, "--workers", "0", "--amp-dtype", "bfloat16", env=offline)
     assert again.returncode == 0 and scored in again.stdout, again.stderr
+
+
+CIFAR = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from nolora_vision.training.data import load_data
+from nolora_vision.training.pack import pack
+cifar, file = load_data("cifar10"), Path("cifar10.safetensors")
+pack("cifar10", file, max_train_samples=300, max_eval_samples=100)
+plain = load_data("cifar10", max_train_samples=300, max_eval_samples=100)
+packed = load_data(str(file))
+pixels = [[np.asarray(getattr(data, role).table.image(int(row))) for role in ("train", "val", "test")
+           for row in getattr(data, role).rows] for data in (plain, packed)]
+labels = [[getattr(data, role).labels.tolist() for role in ("train", "val", "test")] for data in (plain, packed)]
+same = labels[0] == labels[1] and all(map(np.array_equal, *pixels)) and len(pixels[0]) == 500
+counts = np.bincount(cifar.train.labels).tolist() + np.bincount(cifar.test.labels).tolist()
+print(json.dumps({"about": cifar.about, "counts": counts, "same": same, "raw": packed.train.table.in_memory}))
+"""
+
+
+def test_the_real_cifar10_whole_and_packed(hub_env, tmp_path: Path) -> None:
+    env = {**os.environ, **hub_env, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CIFAR], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["about"]["rows"] == {"train": 50_000, "test": 10_000} and found["about"]["crop_pct"] == 1.0
+    assert len(found["about"]["commit"]) == 40 and found["about"]["val_images"] == 5_000
+    assert found["counts"] == [4_500] * 10 + [1_000] * 10
+    assert found["same"] and found["raw"]
 
 
 @pytest.mark.parametrize(

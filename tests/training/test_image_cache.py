@@ -15,7 +15,7 @@ from nolora_vision.training import image_cache
 from nolora_vision.training.data import ImageData, fixed_and_random, load_data, make_loader
 from nolora_vision.training.engine import seed_everything
 from nolora_vision.training.image_cache import ImageCache, cache_budget
-from nolora_vision.training.ingredients import fit_loaders
+from nolora_vision.training.ingredients import run_loaders
 from nolora_vision.training.run_config import RunConfig
 
 PREPROCESSING = {
@@ -165,14 +165,14 @@ def test_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_run_keeps_only_what_it_sees_again(photos: ImageData) -> None:
     def capacities(data: ImageData, **options: Any) -> list[int]:
         config = RunConfig(workers=0, **options)
-        caches = [loader.dataset.cache for loader in fit_loaders(config, PREPROCESSING, data)]
+        caches = [loader.dataset.cache for loader in run_loaders(config, PREPROCESSING, data)]
         return [0 if cache is None else cache.capacity for cache in caches]
 
     val = len(photos.val) * 3 * 32 * 32
-    assert capacities(photos, cache_images=1) == [2**20 - val, val]
-    assert capacities(photos, cache_images=1, epochs=1) == capacities(photos, cache_images="none") == [0, 0]
+    assert capacities(photos, cache_images=1) == [2**20 - val, val, 0]
+    assert capacities(photos, cache_images=1, epochs=1) == capacities(photos, cache_images="none") == [0, 0, 0]
     digits = load_data("digits", max_eval_samples=10)
-    assert capacities(digits, cache_images=1) == [0, 10 * 3 * 32 * 32]  # digits lie decoded in memory already
+    assert capacities(digits, cache_images=1) == [0, 10 * 3 * 32 * 32, 0]  # digits lie decoded in memory already
 
 
 def test_both_halves_of_a_transform_are_the_whole() -> None:

@@ -35,7 +35,8 @@ def test_a_run_leaves_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture
     record = train(tmp_path)
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"args.yaml", "record.json", "summary.csv", "adapter", "learning_curve.png", "confusion_matrix.png"}
+    assert names >= {"args.yaml", "record.json", "summary.csv", "splits.json", "adapter"}
+    assert names >= {"learning_curve.png", "confusion_matrix.png"}
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -119,6 +120,31 @@ def test_the_same_seed_repeats_and_another_does_not(tmp_path: Path) -> None:
 
     first = losses("a", "3")
     assert losses("b", "3") == first and losses("c", "4") != first
+
+
+def test_the_same_images_again_by_the_split_file(tmp_path: Path) -> None:
+    """Also from another seed, and from the packed form of the dataset."""
+    from nolora_vision.training.pack import pack
+
+    packed = pack("digits:5-9", tmp_path / "digits.safetensors")
+    whole = ["--max-train-samples", "None", "--max-eval-samples", "None", "--epochs", "1"]
+    first = train(tmp_path / "a", *whole, "--shots", "4", "--val-split", "0.3", "--seed", "3")
+    assert first["dataset"]["train_images"] == 20 and first["config"]["shots"] == 4
+    saved = tmp_path / "a" / "run" / "splits.json"
+    again = train(tmp_path / "b", *whole, "--splits", str(saved), "--seed", "3")
+    third = train(tmp_path / "c", *whole, "--splits", str(saved), "--seed", "3", "--dataset", str(packed))
+    other = train(tmp_path / "d", *whole, "--splits", str(saved), "--seed", "4")
+    for record, name in ((again, "b"), (third, "c"), (other, "d")):
+        assert (tmp_path / name / "run" / "splits.json").read_bytes() == saved.read_bytes()
+        assert (record["metrics"]["test_loss"] == first["metrics"]["test_loss"]) is (name != "d")
+    assert third["dataset"]["id"] == "digits:5-9" and third["config"]["dataset"] == str(packed)
+
+
+def test_a_final_run_has_no_validation_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = train(tmp_path, "--train-on", "train_val", "--keep-epoch", "last")
+    assert record["dataset"]["train_images"] == 96 and record["dataset"]["val_held_out"] is False
+    assert "val_top1_percent" not in record["metrics"] and record["metrics"]["best_epoch"] == 2
+    assert "none: these images were trained on" in capsys.readouterr().out
 
 
 def test_every_switch_together(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         scale=(0.3, 0.9),
         aa="rand-m9-mstd0.5",
         pretrained_path=Path("x.safetensors"),
+        vtab_root=Path("vtab"),
+        splits=Path("splits.json"),
     )
     path = tmp_path / "c.yaml"
     path.write_text(dump_run_config(config), encoding="utf-8")
@@ -53,6 +55,27 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "epoch is not a field. Did you mean 'epochs'?" in text and "adapter.rnk is not a field" in text
     assert "batch_size: input should be a valid integer" in text and "got 'many'" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shots": 1, "train_fraction": 0.1}, "shots and train_fraction each choose the training images: give one"),
+        ({"shots": 1, "max_train_samples": 9}, "max_train_samples and shots each choose the training images"),
+        ({"shots": 0}, "shots must be at least 1, got 0"),
+        ({"train_fraction": 0.0}, r"train_fraction must be in \(0, 1\], got 0.0"),
+        ({"splits": "a", "shots": 1, "max_eval_samples": 2}, "so shots and max_eval_samples can't: give --splits or"),
+        ({"train_on": "train_val"}, "so they can't choose an epoch: set keep_epoch last"),
+    ],
+)
+def test_contradictions_about_the_images_are_named(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(**values)
+
+
+def test_a_final_run_keeps_the_last_epoch() -> None:
+    assert RunConfig(train_on="train_val", keep_epoch="last").train_on == "train_val"
+    assert RunConfig(train_on="train_val", eval_only=True, adapter_dir=Path("a")).keep_epoch == "best"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,237 @@
+"""Methods compared within cells: the same dataset, model, rank and number of images, seed by seed with the baseline."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from nolora_vision.benchmark.intervals import Difference, paired
+from nolora_vision.benchmark.published import dataset_title
+from nolora_vision.benchmark.results import ELSEWHERE, Axes, Results, Run
+
+RANK = "adapter.rank"
+TRAIN_SIZE = ("max_train_samples", "shots", "train_fraction")
+"""Axes that say how many images are trained on."""
+OF_THE_METHOD = ("method", "peft", "noise", "consistency", "opt_kwargs")
+"""Fields of a run's config that are the method itself; all that begins with adapter is, too."""
+OF_THE_MACHINE = (
+    *("output", "experiment", "report_to", "workers", "cache_images", "traceback", "eval_only", "adapter_dir", "seed"),
+    *("pretrained_path", "frozen_dtype", "fused_attn", "torchcompile"),
+)
+"""Fields that change no result but by rounding, or that differ between seeds by design."""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """Where methods are compared."""
+
+    dataset: str
+    model: str
+    axes: Axes
+
+    @property
+    def conditions(self) -> str:
+        """rank 8, 1,000 training images."""
+        return ", ".join(axis_words(name, value) for name, value in self.axes)
+
+    @property
+    def title(self) -> str:
+        """Dataset, model and conditions."""
+        return " · ".join(part for part in (dataset_title(self.dataset), self.model, self.conditions) if part)
+
+    def without(self, *names: str) -> Axes:
+        """The axes but these."""
+        return tuple(axis for axis in self.axes if axis[0] not in names)
+
+
+def axis_words(name: str, value: Any) -> str:
+    """One axis as a person says it: rank 8, 1,000 training images, epochs 5."""
+    if name == RANK:
+        return f"rank {value}"
+    if name == "max_train_samples":
+        return "all training images" if value is None else f"{value:,} training images"
+    if isinstance(value, tuple):
+        value = "+".join(map(str, value))
+    return f"{name.removeprefix('adapter.').replace('_', ' ')} {value}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A method in a cell: its final runs at the point that was chosen for it."""
+
+    label: str
+    point: Axes
+    """Values of the axes that were chosen."""
+    runs: tuple[Run, ...]
+    """Final and done, by seed."""
+    failures: tuple[Run, ...]
+    at_edge: bool = False
+    """The choice is at the edge of its grid: a better one may lie beyond."""
+    difference: Difference | None = None
+    """To the baseline, over the seeds that both have; None for itself."""
+
+    @cached_property
+    def tests(self) -> dict[int, float]:
+        """Test top-1 in percent by seed."""
+        return {run.seed: run.test for run in self.runs if run.test is not None}
+
+    @property
+    def mean(self) -> float | None:
+        """Of test top-1."""
+        return statistics.fmean(self.tests.values()) if self.tests else None
+
+    def average(self, group: str, name: str) -> float | None:
+        """Mean over the seeds of a number of the record; None where no run has it."""
+        found = [value for run in self.runs if (value := run.number(group, name)) is not None]
+        return statistics.fmean(found) if found else None
+
+    @property
+    def parameters(self) -> float | None:
+        """Trained parameters, the head's apart."""
+        return self.average("parameters", "trainable_without_head")
+
+    def failed(self) -> str:
+        """Why runs failed, each reason once with its count."""
+        reasons = Counter(f"{run.phase}: {(run.error or '').strip().splitlines()[-1]}" for run in self.failures)
+        return "; ".join(f"{reason} ({count}×)" if count > 1 else reason for reason, count in reasons.items())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods in one cell, the baseline first."""
+
+    cell: Cell
+    baseline: str
+    outcomes: tuple[Outcome, ...]
+    tried: tuple[Run, ...]
+    """Runs of the choose phase that are done."""
+
+    @property
+    def differences(self) -> list[tuple[Outcome, Difference]]:
+        """The outcomes that are compared with the baseline."""
+        return [(o, o.difference) for o in self.outcomes if o.difference is not None]
+
+    @property
+    def intervals(self) -> int:
+        """How many comparisons the cell makes: differences that have an interval."""
+        return sum(difference.interval is not None for _, difference in self.differences)
+
+
+def compare(results: Results) -> tuple[list[Comparison], list[str]]:
+    """Every cell with its methods, and warnings of what was left out."""
+    cells: dict[Cell, list[Run]] = {}
+    for run, cell in _placed(results.runs):
+        cells.setdefault(cell, []).append(run)
+    order = method_order(results)
+    warnings: list[str] = []
+    found = [
+        _compare_cell(cell, cells[cell], order, results.baseline, warnings) for cell in sorted(cells, key=_sort_key)
+    ]
+    return found, warnings
+
+
+def method_order(results: Results) -> list[str]:
+    """Labels: the baseline, then in the sweeps' order, then by name."""
+    listed = [name for sweep in results.sweeps for name in sweep.methods]
+    present = {run.label for run in results.runs}
+    return [name for name in dict.fromkeys((results.baseline, *listed, *sorted(present))) if name in present]
+
+
+def _placed(runs: Sequence[Run]) -> Iterator[tuple[Run, Cell]]:
+    """Each run with its cell; a method without an axis of adapters that its sweep has is in the cells of all values."""
+    places: dict[tuple[Any, ...], set[Axes]] = {}
+    for run in runs:
+        places.setdefault((run.sweep.folder, run.dataset, run.model), set()).add(run.cell_axes)
+    for run in runs:
+        own = run.cell_axes
+        wider = {axes for axes in places[run.sweep.folder, run.dataset, run.model] if _only_adapters_apart(own, axes)}
+        for axes in wider or {own}:
+            yield run, Cell(run.dataset, run.model, axes)
+
+
+def _only_adapters_apart(own: Axes, other: Axes) -> bool:
+    """Whether the other has all of own's values, and besides them only axes of adapters."""
+    more = set(other) - set(own)
+    return len(other) == len(own) + len(more) > len(own) and all(name.startswith("adapter.") for name, _ in more)
+
+
+def _sort_key(cell: Cell) -> tuple[Any, ...]:
+    return cell.model, dataset_title(cell.dataset), [(name, *_by_size(value)) for name, value in cell.axes]
+
+
+def _by_size(value: Any) -> tuple[int, float, str]:
+    """Sorts numbers by size, then texts, then None, which is no limit."""
+    if isinstance(value, (int, float)):
+        return 0, value, ""
+    return (2, 0, "") if value is None else (1, 0, str(value))
+
+
+def _compare_cell(
+    cell: Cell, runs: Sequence[Run], order: Sequence[str], baseline: str, warnings: list[str]
+) -> Comparison:
+    labels = [label for label in order if any(run.label == label for run in runs)]
+    outcomes = [_outcome(cell, label, [run for run in runs if run.label == label], warnings) for label in labels]
+    reference = next((o.tests for o in outcomes if o.label == baseline), {})
+    compared = (o if o.label == baseline else replace(o, difference=paired(o.tests, reference)) for o in outcomes)
+    tried = tuple(run for run in runs if run.phase == "choose" and run.error is None)
+    return Comparison(cell, baseline, tuple(compared), tried)
+
+
+def _outcome(cell: Cell, label: str, runs: Sequence[Run], warnings: list[str]) -> Outcome:
+    finals = [run for run in runs if run.phase == "final"]
+    points: dict[Axes, list[Run]] = {}
+    for run in finals:
+        points.setdefault(run.chosen_axes, []).append(run)
+    if not points:
+        return Outcome(label, (), (), tuple(run for run in runs if run.error))
+    picked = {point: entry for point, found in points.items() if (entry := _chosen(found[0])) is not None}
+    candidates = picked or points
+    point = max(candidates, key=lambda p: (_mean_val(points[p]), str(p)))
+    if len(points) > 1:
+        why = "the sweep chose" if picked else "validation prefers"
+        warnings.append(
+            f"{label} in {cell.title}: final runs at {len(points)} points; only those at the one that {why} count"
+        )
+    here = points[point]
+    done = sorted((run for run in here if run.error is None), key=lambda run: run.seed)
+    edge = bool(picked.get(point, {}).get("at_edge"))
+    failures = [run for run in here if run.error] + [run for run in runs if run.phase == "choose" and run.error]
+    return Outcome(label, point, tuple(done), tuple(failures), edge)
+
+
+def _mean_val(runs: Sequence[Run]) -> float:
+    found = [run.val for run in runs if run.val is not None]
+    return statistics.fmean(found) if found else float("-inf")
+
+
+def _chosen(run: Run) -> Mapping[str, Any] | None:
+    """The sweep's choice that a run follows, if any."""
+    for entry in run.sweep.chosen:
+        wanted = {**(entry.get("cell") or {}), **(entry.get("point") or {})}
+        if entry.get("label") == run.label and all(
+            run.point[name] == value for name, value in wanted.items() if name in run.point
+        ):
+            return entry
+    return None
+
+
+def recipe_notes(comparison: Comparison) -> list[str]:
+    """Fields of the recipe in which the final runs of a cell differ, besides what is the method's own or was chosen."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for outcome in comparison.outcomes:
+        for run in outcome.runs:
+            apart = {*run.point, *run.sweep.choose_axes, *ELSEWHERE, *OF_THE_METHOD, *OF_THE_MACHINE}
+            for name, value in (run.record.get("config") or {}).items():
+                if name not in apart and not name.startswith("adapter"):
+                    values.setdefault(name, {}).setdefault(outcome.label, set()).add(json.dumps(value, sort_keys=True))
+    notes = []
+    for name, by_label in sorted(values.items()):
+        if len(set().union(*by_label.values())) > 1:
+            said = "; ".join(f"{label} {' and '.join(sorted(found))}" for label, found in by_label.items())
+            notes.append(f"The recipes differ in {name}: {said}.")
+    return notes

@@ -1,0 +1,234 @@
+"""What sweeps left behind: their runs and what they chose, read from disk; a damaged file is a warning, no crash"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nolora_vision.training.errors import RunError
+
+PHASES = ("choose", "final")
+STATUSES = ("done", "failed")
+DEFAULT_BASELINE, DEFAULT_CHOOSE_AXES = "lora", ("lr", "head_lr")
+ELSEWHERE = ("dataset", "model", "seed")
+"""Axes whose values every run states outside its point."""
+Axes = tuple[tuple[str, Any], ...]
+"""Values of grid axes by name, in the order of names."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep.json` says."""
+
+    folder: Path
+    name: str
+    description: str
+    baseline: str
+    choose_axes: tuple[str, ...]
+    chosen: tuple[Mapping[str, Any], ...]
+    """label, cell, point, val_top1_percent and at_edge of each choice."""
+    methods: tuple[str, ...]
+    """Labels in the sweep's order, as far as it says."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep, done or failed."""
+
+    key: str
+    sweep: Sweep
+    label: str
+    phase: str
+    seed: int
+    point: Mapping[str, Any]
+    error: str | None
+    """Why it failed; None: it is done."""
+    dataset: str
+    model: str
+    record: Mapping[str, Any]
+
+    def number(self, group: str, name: str) -> float | None:
+        """A finite number of the record, such as `number("metrics", "test_loss")`; None where it is absent."""
+        value = (self.record.get(group) or {}).get(name)
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+    @property
+    def test(self) -> float | None:
+        """Test top-1 in percent."""
+        return self.number("metrics", "test_top1_percent")
+
+    @property
+    def val(self) -> float | None:
+        """Validation top-1 in percent, of the best epoch."""
+        return self.number("metrics", "val_top1_percent")
+
+    @property
+    def chosen_axes(self) -> Axes:
+        """Values of the axes that the sweep chooses on validation."""
+        return axes_of((name, value) for name, value in self.point.items() if name in self.sweep.choose_axes)
+
+    @property
+    def cell_axes(self) -> Axes:
+        """Values of all other axes: what the run is compared within, besides dataset and model."""
+        beside = (*self.sweep.choose_axes, *ELSEWHERE)
+        return axes_of((name, value) for name, value in self.point.items() if name not in beside)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that was read, and what could not be."""
+
+    sweeps: tuple[Sweep, ...]
+    runs: tuple[Run, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def baseline(self) -> str:
+        """The method that all are compared with."""
+        return self.sweeps[0].baseline
+
+
+def read_results(folders: Sequence[Path]) -> Results:
+    """The runs of all result folders, each one once.
+
+    Raises:
+        RunError: if a folder is none, or there is no run in all of them.
+    """
+    warnings: list[str] = []
+    for folder in folders:
+        if not (folder / "runs").is_dir():
+            raise RunError(f"{folder} has no folder runs/. Name the output of a sweep, which holds runs/<key>.json.")
+    sweeps = tuple(_read_sweep(folder, warnings) for folder in folders)
+    read = [run for sweep in sweeps for run in _read_runs(sweep, warnings)]
+    runs = tuple(_once(read, warnings))
+    if not runs:
+        found = "".join(f"\n  {line}" for line in warnings)
+        raise RunError(f"No readable run in {', '.join(map(str, folders))}. Run the sweep first.{found}")
+    if others := sorted({sweep.baseline for sweep in sweeps} - {sweeps[0].baseline}):
+        warnings.append(f"baseline is {sweeps[0].baseline!r}, as in {folders[0].name}; others name {', '.join(others)}")
+    return Results(sweeps, runs, tuple(warnings))
+
+
+def axes_of(items: Iterable[tuple[str, Any]]) -> Axes:
+    """Axes in the order of names, lists as tuples, so that they can be compared and counted."""
+    return tuple(sorted((name, _hashable(value)) for name, value in items))
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    return axes_of(value.items()) if isinstance(value, dict) else value
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _read_sweep(folder: Path, warnings: list[str]) -> Sweep:
+    path = folder / "sweep.json"
+    try:
+        said = _read_json(path)
+        if not isinstance(said, dict):
+            raise ValueError(f"must hold an object, holds {type(said).__name__}")
+    except ValueError as error:
+        warnings.append(f"{path}: {error}; taken as a sweep with baseline {DEFAULT_BASELINE!r}")
+        said = {}
+    choose, chosen, methods = (said.get(name) or {} for name in ("choose", "chosen", "methods"))
+    axes = choose.get("axes") if isinstance(choose, dict) else None
+    entries = list(chosen.values()) if isinstance(chosen, dict) else []
+    return Sweep(
+        folder,
+        str(said.get("name") or folder.name),
+        str(said.get("description") or ""),
+        str(said.get("baseline") or DEFAULT_BASELINE),
+        tuple(DEFAULT_CHOOSE_AXES if axes is None else map(str, axes)),
+        tuple(entry for entry in entries if _is_choice(entry)),
+        tuple(name for name in methods if isinstance(name, str)),
+    )
+
+
+def _is_choice(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name) or {}, dict) for name in ("cell", "point"))
+
+
+def _read_runs(sweep: Sweep, warnings: list[str]) -> Iterator[Run]:
+    records: list[tuple[str, dict[str, Any]]] = []
+    for path in sorted((sweep.folder / "runs").glob("*.json")):
+        try:
+            record = _read_json(path)
+            if problem := _problem(record):
+                raise ValueError(problem)
+            records.append((path.stem, record))
+        except ValueError as error:
+            warnings.append(f"{path}: skipped: {error}")
+    known: dict[tuple[Any, Any], set[tuple[str, str]]] = {}
+    for _, record in records:
+        if record["status"] == "done":
+            known.setdefault(_asked(record), set()).add((str(record["dataset"]["id"]), str(record["model"])))
+    for key, record in records:
+        done, asked = record["status"] == "done", _asked(record)
+        places = known.get(asked, set())
+        if done:
+            dataset, model = str(record["dataset"]["id"]), str(record["model"])
+        elif len(places) == 1:  # it may have failed before it knew: as others that were asked for the same
+            ((dataset, model),) = places
+        else:
+            dataset, model = (str(value or "unknown") for value in asked)
+        error = None if done else str(record.get("error") or "").strip() or "no reason recorded"
+        named = {name: record[name] for name in ("label", "phase", "seed", "point")}
+        yield Run(key=key, sweep=sweep, error=error, dataset=dataset, model=model, record=record, **named)
+
+
+def _asked(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Dataset and model as the grid names them; None where they are no axes of it."""
+    return record["point"].get("dataset"), record["point"].get("model")
+
+
+def _problem(record: Any) -> str | None:
+    """What makes a record unusable; None if it can be used."""
+    if not isinstance(record, dict):
+        return f"must hold an object, holds {type(record).__name__}"
+    kinds = {"label": str, "phase": str, "point": dict, "seed": int, "status": str}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            return f"{name} must be {kind.__name__}, got {record.get(name)!r}"
+    for name, choices in (("phase", PHASES), ("status", STATUSES)):
+        if record[name] not in choices:
+            return f"{name} must be one of {', '.join(choices)}, got {record[name]!r}"
+    for name in ("metrics", "parameters", "config", "environment"):
+        if not isinstance(record.get(name) or {}, dict):
+            return f"{name} must be dict, got {record[name]!r}"
+    if record["status"] == "failed":
+        return None
+    for name in ("dataset", "metrics"):
+        if not isinstance(record.get(name), dict):
+            return f"{name} must be dict, got {record.get(name)!r}"
+    wanted = "test_top1_percent" if record["phase"] == "final" else "val_top1_percent"
+    value = record["metrics"].get(wanted)
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return f"metrics.{wanted} must be a finite number, got {value!r}"
+    if not record.get("model") or not record["dataset"].get("id"):
+        return "model and dataset.id must be named"
+    return None
+
+
+def _once(runs: Sequence[Run], warnings: list[str]) -> Iterator[Run]:
+    """Each run once, though several folders may hold it: the first that is done, or else the first."""
+    same: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        name = (run.label, run.phase, run.dataset, run.model, axes_of(run.point.items()), run.seed)
+        same.setdefault(name, []).append(run)
+    for group in same.values():
+        kept = next((run for run in group if run.error is None), group[0])
+        for run in group:
+            if run is not kept:
+                there = f"{kept.sweep.folder.name}/runs/{kept.key}.json"
+                warnings.append(f"{run.sweep.folder / 'runs' / run.key}.json: skipped: the same run as {there}")
+        yield kept

@@ -1,0 +1,231 @@
+"""`sweep config.yaml`: runs what is missing of a sweep, one JSON each; several processes share the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from filelock import FileLock, Timeout
+
+from nolora_vision import CheckpointError, ConfigError, InjectionError
+from nolora_vision.benchmark.sweep_plan import Choice, Sweep, Task, plan, read_sweep
+from nolora_vision.training.config_file import as_plain
+from nolora_vision.training.errors import RunError
+from nolora_vision.training.progress import RunsProgress, print_columns
+from nolora_vision.training.record import environment, write_record
+from nolora_vision.training.run import run
+from nolora_vision.training.shelf import Shelf
+
+USUAL_ERRORS = (RunError, ConfigError, InjectionError, CheckpointError)
+"""What a method or a setting may be refused with; anything else is recorded too, by its type."""
+WAIT_SECONDS = 2.0
+"""Between looks at the results of other processes."""
+
+
+def main(
+    sweep_file: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    output: Path | None = None,
+    processes: int = 1,
+    max_hours: float | None = None,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Run what is missing of a sweep: candidates of each method on validation images, then the chosen ones on the test.
+
+    Kill it at any moment and call it again; call it several times at once to share the work.
+
+    Args:
+        sweep_file: YAML with base, methods, axes, choose and seeds.
+        output: Folder of the results; output/sweeps/NAME if not given.
+        processes: Start so many; each takes the next GPU, if there are any.
+        max_hours: Begin no run that would not end within this time.
+        retry_failed: Run again what failed.
+        dry_run: Only say what is missing.
+    """
+    try:
+        sweep = read_sweep(sweep_file)
+        folder = output or Path("output/sweeps") / sweep.name
+        missing, choices = plan(sweep, read_results(folder))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if retry_failed:
+        forget_failed(folder)
+    if dry_run:
+        print(f"{sweep.name}: {len(missing)} runs can be done next, {len(choices)} choices are made ({folder}).")
+        return 0
+    if processes > 1:
+        return in_processes(sweep_file, folder, processes, max_hours)
+    conduct(sweep, folder, deadline=None if max_hours is None else time.monotonic() + 3600 * max_hours)
+    return 0
+
+
+def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> None:
+    """Do what is missing until nothing is, or until the next run would not end before the deadline.
+
+    Args:
+        folder: of the results.
+        deadline: of `time.monotonic`.
+    """
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    shelf, seconds = Shelf(), [0.0]
+    with RunsProgress(expected(sweep, plan(sweep, read_results(folder))[0])) as progress:
+        while True:
+            results = read_results(folder)
+            missing, choices = plan(sweep, results)
+            write_record(folder / "sweep.json", summary(sweep, choices, results))
+            if not missing:
+                break
+            if deadline is not None and time.monotonic() + statistics.median(seconds) > deadline:
+                progress.say(f"The time is up; at least {len(missing)} runs are left. Call it again to go on.")
+                return
+            started = time.monotonic()
+            if not any(claim_and_run(task, sweep, folder, shelf, progress) for task in missing):
+                time.sleep(WAIT_SECONDS)  # others do what is left
+                continue
+            seconds = [*seconds, time.monotonic() - started][-20:]
+    show(choices, results)
+
+
+def claim_and_run(task: Task, sweep: Sweep, folder: Path, shelf: Shelf, progress: RunsProgress) -> bool:
+    """Do one run, unless another process does it or has done it; the lock dies with its process."""
+    file = folder / "runs" / f"{task.name}.json"
+    lock = FileLock(folder / "runs" / f".{task.name}.lock")
+    try:
+        with lock.acquire(timeout=0):
+            if file.exists() and task.record_in({task.name: json.loads(file.read_text())}) is not None:
+                return True
+            what = ", ".join(f"{axis} {value}" for axis, value in task.point.items())
+            progress.begin(f"{task.label} · {task.phase} · {what} · seed {task.seed}")
+            record = attempt(task, sweep, folder, shelf, progress)
+            write_record(file, record)
+            progress.say(f"{task.label:16} {task.phase:6} {what}  seed {task.seed}  {said(record)}")
+            return True
+    except Timeout:
+        return False
+
+
+def attempt(task: Task, sweep: Sweep, folder: Path, shelf: Shelf, progress: RunsProgress) -> dict[str, Any]:
+    """The record of a run; of one that failed, why."""
+    facts = {"key": task.name, "label": task.label, "phase": task.phase, "point": dict(task.point), "seed": task.seed}
+    keeps = sweep.keep_adapters and task.phase == "final"
+    config = replace(task.config, output=folder / "adapters", experiment=task.name)
+    if keeps:
+        shutil.rmtree(config.output / task.name, ignore_errors=True)  # of a run that was killed
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        record = run(config, progress=progress, shelf=shelf, keep=keeps, score_test=task.phase == "final")
+    except Exception as error:
+        why = str(error) if isinstance(error, USUAL_ERRORS) else f"{type(error).__name__}: {error}"
+        plain = as_plain(asdict(task.config))
+        facts |= {"status": "failed", "error": why, "method": task.config.method}
+        return {**facts, "config": plain, "environment": environment()}
+    if not torch.cuda.is_available():  # the process's own peak is that of all its runs so far
+        record["metrics"] = {k: v for k, v in record["metrics"].items() if not k.startswith("peak_memory")}
+    record["config"] = as_plain(asdict(task.config))
+    return {**facts, "status": "done", "error": None, **{k: v for k, v in record.items() if k != "folder"}}
+
+
+# --------------------------------------------------------------------------------------------------------- the results
+
+
+def read_results(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Records by their task's name."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))}
+
+
+def forget_failed(folder: Path) -> None:
+    """Remove the records of failed runs."""
+    for name, record in read_results(folder).items():
+        if record["status"] == "failed":
+            (folder / "runs" / f"{name}.json").unlink()
+
+
+def summary(sweep: Sweep, choices: Sequence[Choice], results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sweep is and what has been chosen."""
+    return {
+        "name": sweep.name,
+        "description": sweep.description,
+        "baseline": sweep.baseline,
+        "methods": {label: as_plain(dict(own)) for label, own in sweep.methods.items()},
+        "base": as_plain(dict(sweep.base)),
+        "axes": as_plain(dict(sweep.axes)),
+        "choose": None if sweep.choose is None else as_plain(asdict(sweep.choose)),
+        "seeds": list(sweep.seeds),
+        "chosen": {f"{c.label}: {json.dumps(dict(c.cell))}": as_plain(asdict(c)) for c in choices if sweep.choose},
+        "runs": {status: sum(r["status"] == status for r in results.values()) for status in ("done", "failed")},
+    }
+
+
+def expected(sweep: Sweep, missing: Sequence[Task]) -> int:
+    """Runs that are left, should no candidates be extended."""
+    final = sum(len(sweep.seeds) for label in sweep.methods for _ in sweep.cells(label))
+    due = sum(task.phase == "final" for task in missing)
+    return max(1, len(missing) + (final - due if len(missing) > due else 0))
+
+
+def said(record: Mapping[str, Any]) -> str:
+    """How a run ended, in a line."""
+    if record["status"] == "failed":
+        return f"failed: {record['error'].splitlines()[0]}"
+    metrics = record["metrics"]
+    tested = f"test {metrics['test_top1_percent']:.2f} %  " if "test_top1_percent" in metrics else ""
+    return f"{tested}val {metrics['val_top1_percent']:.2f} %  {metrics['total_seconds']:.0f} s"
+
+
+def show(choices: Sequence[Choice], results: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line for each method in each cell: what was chosen, and its test scores."""
+    rows = []
+    for choice in choices:
+        scores = [
+            record["metrics"]["test_top1_percent"]
+            for record in results.values()
+            if record["status"] == "done" and record["phase"] == "final"
+            if record["label"] == choice.label and record["point"] == dict(choice.point)
+        ]
+        mean = f"{statistics.fmean(scores):.2f}" if scores else "–"
+        spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–"
+        where = ", ".join(f"{axis} {value}" for axis, value in choice.point.items())
+        edge = " (at an edge)" if choice.at_edge else ""
+        rows.append((choice.label, where + edge, f"{choice.val_top1_percent:.2f}", mean, spread, str(len(scores))))
+    print_columns("chosen on validation", ("method", "at", "val (%)", "test (%)", "std", "seeds"), rows)
+
+
+# ------------------------------------------------------------------------------------------------------- the processes
+
+
+def in_processes(sweep_file: Path, folder: Path, count: int, max_hours: float | None) -> int:
+    """The same command several times at once, each on its GPU or its share of the processor's cores."""
+    gpus = torch.cuda.device_count()
+    command = [sys.executable, "-m", "nolora_vision.benchmark.sweep", str(sweep_file), "--output", str(folder)]
+    command += [] if max_hours is None else ["--max-hours", str(max_hours)]
+    children = []
+    for i in range(count):
+        own = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
+        threads = str(max(1, (os.cpu_count() or 1) // count))
+        children.append(subprocess.Popen(command, env={"OMP_NUM_THREADS": threads, **os.environ, **own}))
+    try:
+        return max(child.wait() for child in children)
+    except KeyboardInterrupt:
+        for child in children:
+            child.send_signal(signal.SIGINT)
+        return max(child.wait() for child in children) or 130
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

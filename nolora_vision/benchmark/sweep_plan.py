@@ -1,0 +1,284 @@
+"""What a sweep consists of: methods × cells, rates chosen by validation, seeds; and which runs are still missing."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from nolora_vision.config import ConfigError, did_you_mean
+from nolora_vision.training.config_file import as_plain, make_run_config, read_yaml
+from nolora_vision.training.run_config import RunConfig
+
+Point = Mapping[str, Any]
+"""Values of axes by their dotted names: `{"lr": 2e-3, "adapter.rank": 8}`."""
+Phase = Literal["choose", "final"]
+Results = Mapping[str, Mapping[str, Any]]
+"""Records by the name of their task."""
+NEUTRAL = ("output", "experiment", "report_to", "workers", "cache_images", "traceback")
+"""Fields of RunConfig that change no number of a result."""
+
+
+@dataclass(frozen=True)
+class Choose:
+    """What is chosen for each method in each cell, on validation images only."""
+
+    axes: Mapping[str, Sequence[float]]
+    """Candidates, in rising order; every method gets as many."""
+    seeds: Sequence[int] = (100, 101)
+    """Of the runs that choose; none of them is among the seeds that are reported."""
+    extend: int = 2
+    """How often the candidates of a method may be extended by one step where its best one is at an edge."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A base config, methods that differ from it, axes along which all of them are compared, and seeds."""
+
+    methods: Mapping[str, Mapping[str, Any]]
+    """By name: fields of RunConfig; also `choose`: own candidates, as many; `only`: axis → values to which it keeps."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of RunConfig for all runs."""
+    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Their product is the cells."""
+    choose: Choose | None = None
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    """Of the runs that are tested."""
+    baseline: str = "lora"
+    """The method that others are compared with."""
+    keep_adapters: bool = False
+    """Keep the folders of tested runs: adapter, pictures."""
+    description: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError(f"Sweep {self.name}".rstrip(), problems)
+
+    def candidates(self, label: str) -> dict[str, list[float]]:
+        """Candidates of a method by axis."""
+        if self.choose is None:
+            return {}
+        own = self.methods[label].get("choose", {})
+        return {axis: list(own.get(axis, values)) for axis, values in self.choose.axes.items()}
+
+    def cells(self, label: str | None = None) -> Iterator[Point]:
+        """Every combination of the axes; those in which a method takes part."""
+        only = {} if label is None else self.methods[label].get("only", {})
+        for values in itertools.product(*self.axes.values()):
+            cell = dict(zip(self.axes, values, strict=True))
+            if all(cell[axis] in kept for axis, kept in only.items()):
+                yield cell
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run."""
+
+    label: str
+    phase: Phase
+    cell: Point
+    point: Point
+    """The cell's values and the candidate."""
+    seed: int
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """Of its result's file: made of what differs from the defaults, so that new fields leave it as it is."""
+        usual = _flat(as_plain(asdict(RunConfig())))
+        facts = {k: v for k, v in _flat(as_plain(asdict(self.config))).items() if v != usual.get(k)}
+        text = json.dumps({"phase": self.phase, **facts}, sort_keys=True)
+        slug = "".join(c if c.isalnum() else "-" for c in self.label)
+        return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def record_in(self, results: Results) -> Mapping[str, Any] | None:
+        """Its record, unless that was made under other defaults."""
+        record = results.get(self.name)
+        if record is None:
+            return None
+        then, now = _flat(record["config"]), _flat(as_plain(asdict(self.config)))
+        return record if all(then[key] == now[key] for key in then.keys() & now.keys()) else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What validation says of a method in a cell."""
+
+    label: str
+    cell: Point
+    point: Point
+    val_top1_percent: float
+    """Mean over the choosing seeds."""
+    trials: int
+    """Candidates that were tried."""
+    at_edge: bool
+    """Whether the best is still at an edge of them."""
+
+
+def read_sweep(path: Path) -> Sweep:
+    """A sweep from its YAML file.
+
+    Raises:
+        ConfigError: if it is absent or unusable; every problem is listed.
+    """
+    values = {"name": path.stem, **read_yaml(path)}
+    problems = _unknown(values, Sweep, str(path))
+    choose = values.get("choose")
+    if choose is not None:
+        problems += _unknown(choose, Choose, f"{path}: choose")
+    if "methods" not in values or (choose is not None and "axes" not in choose):
+        problems.append("methods, and axes in choose, must be given.")
+    if problems:
+        raise ConfigError(str(path), problems)
+    return Sweep(**{**values, "choose": None if choose is None else Choose(**choose)})
+
+
+def plan(sweep: Sweep, results: Results) -> tuple[list[Task], list[Choice]]:
+    """The runs that can be done next, in order, and what has been chosen so far."""
+    missing: list[Task] = []
+    choices: list[Choice] = []
+    for cell in sweep.cells():
+        for label in sweep.methods:
+            if cell not in list(sweep.cells(label)):
+                continue
+            tasks, choice = _choosing(sweep, label, cell, results)
+            missing += [task for task in tasks if task.record_in(results) is None]
+            if choice is not None:
+                choices.append(choice)
+    for seed in sweep.seeds:
+        for choice in choices:
+            task = make_task(sweep, choice.label, "final", choice.cell, choice.point, seed)
+            if task.record_in(results) is None:
+                missing.append(task)
+    return missing, choices
+
+
+def make_task(sweep: Sweep, label: str, phase: Phase, cell: Point, point: Point, seed: int) -> Task:
+    """The run of a method at a point, its config made and checked."""
+    own = {name: value for name, value in sweep.methods[label].items() if name not in ("choose", "only")}
+    settings: dict[str, Any] = {}
+    for layer in (sweep.base, own, point, {"seed": seed}):
+        _merge(settings, layer)
+    config = make_run_config(settings, owner=f"{label} of {sweep.name or 'the sweep'}").resolved()
+    return Task(label, phase, cell, point, seed, config)
+
+
+# ------------------------------------------------------------------------------------------------------- the choosing
+
+
+def _choosing(sweep: Sweep, label: str, cell: Point, results: Results) -> tuple[list[Task], Choice | None]:
+    """All choosing runs of a method in a cell that are due, and the choice once they are done."""
+    if sweep.choose is None:
+        return [], Choice(label, cell, cell, math.nan, 1, at_edge=False)
+    candidates, tasks = sweep.candidates(label), []
+    for extension in range(sweep.choose.extend + 1):
+        points = [dict(zip(candidates, v, strict=True)) for v in itertools.product(*candidates.values())]
+        due = {
+            tuple(point.values()): [
+                make_task(sweep, label, "choose", cell, {**cell, **point}, seed) for seed in sweep.choose.seeds
+            ]
+            for point in points
+        }
+        tasks = [task for of_point in due.values() for task in of_point]
+        records = {task.name: task.record_in(results) for task in tasks}
+        if None in records.values():
+            return tasks, None
+        means = {values: statistics.fmean(_score(records[t.name]) for t in ts) for values, ts in due.items()}
+        best = max(means, key=lambda values: means[values])  # of equal ones the first: the smallest rate
+        edges = {
+            axis: value
+            for axis, value in zip(candidates, best, strict=True)
+            if len(candidates[axis]) > 1 and value in (candidates[axis][0], candidates[axis][-1])
+        }
+        if not edges or extension == sweep.choose.extend or means[best] == -math.inf:
+            point = {**cell, **dict(zip(candidates, best, strict=True))}
+            return tasks, Choice(label, cell, point, means[best], len(points), at_edge=bool(edges))
+        for axis, value in edges.items():
+            candidates[axis] = _extended(candidates[axis], value)
+    raise AssertionError("the last extension returns")
+
+
+def _score(record: Mapping[str, Any] | None) -> float:
+    """Validation top-1; a run that failed, as by a loss that is not finite, loses to every other."""
+    assert record is not None
+    return record["metrics"]["val_top1_percent"] if record["status"] == "done" else -math.inf
+
+
+def _extended(values: Sequence[float], edge: float) -> list[float]:
+    """One more value beyond the edge, by the ratio of the two there."""
+    if edge == values[0]:
+        return [_rounded(values[0] * values[0] / values[1]), *values]
+    return [*values, _rounded(values[-1] * values[-1] / values[-2])]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+# ---------------------------------------------------------------------------------------------------------- the values
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names → values, without what changes no result; a mapping that may hold anything stays one value."""
+    found = {}
+    for name, value in values.items():
+        if name == "adapter" and isinstance(value, Mapping):
+            found |= _flat(value, "adapter.")
+        elif name not in NEUTRAL:
+            found[prefix + name] = value
+    return found
+
+
+def _merge(settings: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Put values into nested settings; a dotted name reaches into a nested one."""
+    for name, value in layer.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            _merge(settings.setdefault(head, {}), {rest: value})
+        elif isinstance(value, Mapping):
+            inner = settings.setdefault(head, {})
+            _merge(inner, value)
+        else:
+            settings[head] = value
+
+
+def _unknown(values: Mapping[str, Any], cls: type, owner: str) -> list[str]:
+    known = [f.name for f in fields(cls)]
+    return [f"{owner}: {key} is not a field.{did_you_mean(key, known)}" for key in values if key not in known]
+
+
+def _problems(sweep: Sweep) -> Iterable[str]:
+    if not sweep.methods:
+        yield "methods is empty."
+    if sweep.baseline not in sweep.methods:
+        yield f"baseline must be one of the methods, {', '.join(sweep.methods)}; got {sweep.baseline!r}."
+    if not sweep.seeds:
+        yield "seeds is empty, so nothing would be tested."
+    for label, own in sweep.methods.items():
+        for axis in own.get("only", {}):
+            if axis not in sweep.axes:
+                yield f"{label}: only {axis} is no axis. Axes: {', '.join(sweep.axes) or 'none'}."
+    if sweep.choose is None:
+        return
+    if set(sweep.choose.seeds) & set(sweep.seeds):
+        yield "the seeds of choose must not be among the seeds that are tested."
+    for axis in sweep.choose.axes:
+        if axis in sweep.axes:
+            yield f"{axis} is in axes and in choose."
+    for label, own in sweep.methods.items():
+        for axis, values in own.get("choose", {}).items():
+            common = sweep.choose.axes.get(axis)
+            if common is None or len(values) != len(common):
+                yield f"{label}: choose {axis} must have as many candidates as all methods have, for equal trials."
+    for label in sweep.methods:
+        for axis, values in sweep.candidates(label).items():
+            if not values or sorted(values) != list(values) or values[0] <= 0:
+                yield f"{label}: the candidates of {axis} must be positive and in rising order, got {values}."

@@ -1,0 +1,105 @@
+"""What an epoch of training adds up: loss, top-1, images; read one step late, so that a GPU need not wait for it."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nolora_vision.training.consistency import Outcome
+from nolora_vision.training.errors import RunError
+
+
+class Listener(Protocol):
+    """Who is told of each step."""
+
+    def step(self, *, loss: float, top1: float, images_per_s: float) -> None: ...
+
+
+class Numbers:
+    """Two numbers of a step on their way from the device: a read waits for that step, and for nothing queued since."""
+
+    def __init__(self, loss: Tensor, right: Tensor) -> None:
+        both = torch.stack([loss.detach().float(), right.float()])
+        self.values = both.to("cpu", non_blocking=both.is_cuda)
+        self.there = torch.cuda.Event() if both.is_cuda else None
+        if self.there is not None:
+            self.there.record()
+
+    def read(self) -> tuple[float, float]:
+        """(loss, number of images that were right)."""
+        if self.there is not None:
+            self.there.synchronize()
+        loss, right = self.values.tolist()
+        return loss, right
+
+
+class Tally:
+    """One epoch's sums.
+
+    Args:
+        epoch: counted from 0.
+        processes: each of them sees as many images.
+    """
+
+    def __init__(self, listener: Listener, *, epoch: int, processes: int) -> None:
+        self.listener, self.epoch, self.processes = listener, epoch, processes
+        self.started = time.perf_counter()
+        self.steps = self.read = self.passes = 0
+        self.total = self.right = 0.0
+        self.pending: tuple[Numbers, int, str] | None = None
+
+    def add(self, outcome: Outcome, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Note a step whose work is queued, after reading the one before.
+
+        Raises:
+            RunError: if the loss of the step before is not finite.
+        """
+        right = (outcome.logits.detach().argmax(-1) == labels).sum()
+        rates = ", ".join(f"{g.get('name', i)} {g['lr']:.2g}" for i, g in enumerate(optimizer.param_groups))
+        now = Numbers(outcome.loss, right), len(labels), rates
+        self.finish()
+        self.pending = now
+        self.passes += outcome.passes * self.processes
+
+    def finish(self) -> None:
+        """Read what is still on its way.
+
+        Raises:
+            RunError: if its loss is not finite.
+        """
+        if self.pending is None:
+            return
+        (numbers, n, rates), self.pending = self.pending, None
+        loss, right = numbers.read()
+        self.steps += 1
+        if not math.isfinite(loss):
+            raise RunError(
+                f"The loss is {loss} at step {self.steps} of epoch {self.epoch + 1} (learning rates: {rates}). Try a "
+                f"smaller --lr or --head-lr, --clip-grad, or --amp-dtype bfloat16 instead of float16."
+            )
+        self.total, self.right, self.read = self.total + loss * n, self.right + right, self.read + n
+        self.listener.step(loss=self.loss, top1=self.top1_percent, images_per_s=self.images / self.seconds)
+
+    @property
+    def images(self) -> int:
+        """Images of the data set seen so far, by all processes."""
+        return self.read * self.processes
+
+    @property
+    def loss(self) -> float:
+        """Mean so far, of this process."""
+        return self.total / self.read
+
+    @property
+    def top1_percent(self) -> float:
+        """So far, of this process."""
+        return 100 * self.right / self.read
+
+    @property
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.perf_counter() - self.started

@@ -1,0 +1,158 @@
+"""The plan of a sweep from hand-made results: what is due, what is chosen, what is extended."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nolora_vision import ConfigError
+from nolora_vision.benchmark.sweep_plan import Choose, Sweep, Task, plan, read_sweep
+from nolora_vision.training.config_file import as_plain
+
+METHODS = {"lora": {"method": "lora"}, "tanh": {"method": "nolora", "adapter": {"nonlinearity": "tanh"}}}
+RATES = [1e-3, 2e-3, 4e-3]
+
+
+def make(**changes: Any) -> Sweep:
+    values = {"methods": METHODS, "choose": Choose({"lr": RATES}, seeds=[100], extend=1), "seeds": [0, 1]} | changes
+    return Sweep(**values)
+
+
+def done(task: Task, top1: float) -> dict[str, Any]:
+    return {"status": "done", "config": as_plain(asdict(task.config)), "metrics": {"val_top1_percent": top1}}
+
+
+def failed(task: Task) -> dict[str, Any]:
+    return {"status": "failed", "error": "the loss is nan", "config": as_plain(asdict(task.config))}
+
+
+def finish(sweep: Sweep, score: Any) -> tuple[list[Task], list[Any], dict[str, Any]]:
+    """Do everything that is due until nothing is; score(task) → validation top-1, None for a failure."""
+    results: dict[str, Any] = {}
+    ran: list[Task] = []
+    while missing := plan(sweep, results)[0]:
+        for task in missing:
+            value = score(task)
+            results[task.name] = failed(task) if value is None else done(task, value)
+        ran += missing
+    return ran, plan(sweep, results)[1], results
+
+
+def test_candidates_come_first_and_each_method_has_as_many() -> None:
+    missing, choices = plan(make(), {})
+    assert [(t.label, t.phase, t.point["lr"], t.seed) for t in missing] == [
+        (label, "choose", lr, 100) for label in METHODS for lr in RATES
+    ]
+    assert not choices
+    assert missing[4].config.adapter.nonlinearity == "tanh" and missing[4].config.lr == 2e-3
+
+
+def test_the_best_by_validation_is_tested_with_every_seed() -> None:
+    ran, choices, _ = finish(make(), lambda task: -abs(math.log2(task.config.lr / 2e-3)))
+    final = [(t.label, t.point["lr"], t.seed) for t in ran if t.phase == "final"]
+    assert final == [("lora", 2e-3, 0), ("tanh", 2e-3, 0), ("lora", 2e-3, 1), ("tanh", 2e-3, 1)]
+    assert [(c.trials, c.at_edge) for c in choices] == [(3, False)] * 2
+
+
+def test_a_best_one_at_an_edge_extends_the_candidates_so_often_and_says_so() -> None:
+    ran, choices, _ = finish(make(), lambda task: task.config.lr)
+    assert [t.point["lr"] for t in ran if t.label == "lora" and t.phase == "choose"] == [*RATES, 8e-3]
+    assert [(c.point, c.trials, c.at_edge) for c in choices] == [({"lr": 8e-3}, 4, True)] * 2
+    ran, choices, _ = finish(make(), lambda task: -task.config.lr)
+    assert {c.point["lr"] for c in choices} == {5e-4}
+
+
+def test_two_axes_are_chosen_together_and_extended_apart() -> None:
+    sweep = make(choose=Choose({"lr": [1e-3, 2e-3, 4e-3], "head_lr": [1e-3, 1e-2]}, seeds=[7, 8], extend=1))
+    ran, choices, _ = finish(sweep, lambda task: task.config.head_lr - abs(task.config.lr - 2e-3))
+    points = {(t.point["lr"], t.point["head_lr"]) for t in ran if t.label == "lora" and t.phase == "choose"}
+    assert points == {(lr, head) for lr in RATES for head in (1e-3, 1e-2, 1e-1)}
+    assert choices[0].point == {"lr": 2e-3, "head_lr": 1e-1} and choices[0].trials == 9
+
+
+def test_the_mean_over_the_choosing_seeds_counts() -> None:
+    sweep = make(choose=Choose({"lr": RATES}, seeds=[7, 8], extend=0))
+    scores = {(1e-3, 7): 90.0, (1e-3, 8): 50.0, (2e-3, 7): 80.0, (2e-3, 8): 80.0, (4e-3, 7): 79.0, (4e-3, 8): 79.0}
+    _, choices, _ = finish(sweep, lambda task: scores.get((task.config.lr, task.seed), 0.0))
+    assert choices[0].point == {"lr": 2e-3} and choices[0].val_top1_percent == 80.0
+
+
+def test_a_failed_run_loses_and_all_failed_ones_extend_nothing() -> None:
+    _, choices, _ = finish(make(), lambda task: None if task.config.lr > 1e-3 else 1.0)
+    assert {c.point["lr"] for c in choices} == {1e-3} or {c.point["lr"] for c in choices} == {5e-4}
+    ran, choices, _ = finish(make(), lambda task: None)
+    assert len([t for t in ran if t.phase == "choose"]) == 6
+    assert all(c.val_top1_percent == -math.inf for c in choices)
+
+
+def test_cells_are_chosen_for_apart_and_methods_may_keep_to_some() -> None:
+    methods = {**METHODS, "linear": {"method": "linear", "only": {"adapter.rank": [2]}}}
+    sweep = make(methods=methods, axes={"adapter.rank": [2, 4], "max_train_samples": [10, 20]})
+    ran, choices, _ = finish(sweep, lambda task: -abs(math.log2(task.config.lr / 2e-3)))
+    assert len(choices) == 2 * 4 + 2
+    assert {t.config.adapter.rank for t in ran if t.label == "tanh"} == {2, 4}
+    assert {t.config.adapter.rank for t in ran if t.label == "linear"} == {2}
+    assert {t.config.max_train_samples for t in ran} == {10, 20}
+
+
+def test_without_choosing_every_run_is_tested() -> None:
+    missing, _ = plan(make(choose=None, axes={"lr": RATES}), {})
+    assert {(t.phase, t.config.lr) for t in missing} == {("final", lr) for lr in RATES}
+    assert len(missing) == 2 * 3 * 2
+
+
+def test_a_result_under_other_settings_is_none() -> None:
+    sweep = make()
+    task = plan(sweep, {})[0][0]
+    record = done(task, 1.0)
+    assert task.record_in({task.name: record}) is record
+    for name, value, same in (("epochs", 3, False), ("output", "elsewhere", True), ("workers", 7, True)):
+        other = {**record, "config": {**record["config"], name: value}}
+        assert (task.record_in({task.name: other}) is not None) is same
+    without = {**record, "config": {k: v for k, v in record["config"].items() if k != "reprob"}}
+    assert task.record_in({task.name: without}) is without  # a field that came later, at its default
+    other = {**record, "config": {**record["config"], "adapter": {**record["config"]["adapter"], "rank": 3}}}
+    assert task.record_in({task.name: other}) is None
+
+
+def test_names_differ_where_settings_do() -> None:
+    missing, _ = plan(make(axes={"adapter.rank": [1, 2]}), {})
+    assert len({task.name for task in missing}) == len(missing) == 12
+    assert missing[0].name.startswith("lora-")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {}}, "methods is empty"),
+        ({"baseline": "dora"}, "baseline must be one of the methods, lora, tanh; got 'dora'"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": [100]}, "the seeds of choose must not be among the seeds that are tested"),
+        ({"axes": {"lr": [1e-3]}}, "lr is in axes and in choose"),
+        ({"choose": Choose({"lr": [2e-3, 1e-3]})}, "must be positive and in rising order"),
+        ({"methods": {"lora": {"choose": {"lr": [1e-3]}}}}, "as many candidates as all methods have"),
+        ({"methods": {"lora": {"only": {"rank": [1]}}}}, "lora: only rank is no axis"),
+    ],
+)
+def test_unusable_sweeps_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**changes)
+
+
+def test_an_unusable_run_is_refused_with_its_method() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)tanh of the sweep.*rank must be an integer"):
+        plan(make(methods={**METHODS, "tanh": {"adapter": {"rank": 0}}}), {})
+
+
+def test_a_file_is_read_with_numbers_as_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text("methods: {lora: {method: lora}}\nchoose: {axes: {lr: [1e-3, 2.5e-3]}}\nbase: {epochs: 2}\n")
+    sweep = read_sweep(file)
+    assert sweep.name == "small" and sweep.candidates("lora") == {"lr": [1e-3, 2.5e-3]}
+    file.write_text("methods: {lora: {method: lora}}\nseed: [1]\nchoose: {axis: {}}\n")
+    with pytest.raises(ConfigError, match=r"(?s)seed is not a field. Did you mean 'seeds'.*axis is not a field"):
+        read_sweep(file)

@@ -1,0 +1,83 @@
+"""What runs share changes no number."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from nolora_vision.training import shelf as shelves
+from nolora_vision.training.progress import RunsProgress
+from nolora_vision.training.run import run
+from nolora_vision.training.run_config import RunConfig
+from nolora_vision.training.shelf import Shelf
+
+SMALL = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    torch.manual_seed(7)
+    weights = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=3, **SMALL).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    return RunConfig(
+        model="vit_tiny_patch16_224", model_kwargs=SMALL, dataset="digits:0-4", img_size=16, epochs=2, batch_size=32,
+        pretrained_path=tmp_path / "weights.safetensors", max_train_samples=64, max_eval_samples=20, workers=0,
+        output=tmp_path,
+    )  # fmt: skip
+
+
+def numbers(config: RunConfig, shelf: Shelf | None) -> list[dict[str, float]]:
+    record = run(config, progress=RunsProgress(1), shelf=shelf, keep=False)
+    timing = ("train_seconds", "images_per_s")
+    rows = [{k: v for k, v in row.items() if k not in timing} for row in record["history"]]
+    return [*rows, {k: v for k, v in record["metrics"].items() if k in ("test_loss", "test_top1_percent")}]
+
+
+def test_runs_from_a_shelf_are_bit_for_bit_those_without(config: RunConfig) -> None:
+    shelf = Shelf()
+    for seed in (0, 1, 0):
+        for method in ("nolora", "linear"):
+            one = replace(config, seed=seed, method=method)
+            assert numbers(one, shelf) == numbers(one, None)
+
+
+def test_datasets_and_weights_are_loaded_once(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    for name in ("load_config_data", "_from_the_file"):
+        real = getattr(shelves, name)
+        monkeypatch.setattr(shelves, name, lambda *args, real=real, name=name: (loads.append(name), real(*args))[1])
+    shelf = Shelf()
+    for method in ("nolora", "lora", "full"):
+        numbers(replace(config, method=method), shelf)
+    assert loads == ["load_config_data", "_from_the_file"]
+    numbers(replace(config, seed=1), shelf)  # another draw of the training images
+    assert loads == ["load_config_data", "_from_the_file", "load_config_data"]
+
+
+def test_no_more_datasets_are_kept_than_so_many(config: RunConfig) -> None:
+    shelf = Shelf()
+    for seed in range(shelves.MOST_DATASETS + 2):
+        shelf.data(replace(config, seed=seed))
+    assert len(shelf._data) == shelves.MOST_DATASETS
+    first = shelf.data(replace(config, seed=5))
+    assert shelf.data(replace(config, seed=5)) is first
+
+
+def test_decoded_images_are_kept_for_the_next_run(config: RunConfig) -> None:
+    shelf = Shelf()
+    numbers(config, shelf)
+    (caches,) = shelf._caches.values()
+    assert sorted(cache.kept for cache in caches.values()) == [20, 20]  # digits are decoded already: only evaluation's
+    numbers(config, shelf)
+    assert len(caches) == 2
+
+
+def test_a_run_that_chooses_does_not_look_at_the_test(config: RunConfig) -> None:
+    record = run(config, progress=RunsProgress(1), score_test=False)
+    assert not any(name.startswith("test") for name in record["metrics"]) and record["folder"] is None
+    assert [path.name for path in config.output.iterdir()] == ["weights.safetensors"]
