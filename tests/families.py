@@ -21,9 +21,13 @@ class Family:
     bypasses: bool = False
     """Whether its blocks read qkv's weight without calling it, so that the cure is needed."""
 
+    def bare(self) -> nn.Module:
+        """The model as timm makes it, on whatever device is the default."""
+        return timm.create_model(self.name, num_classes=7, **self.options)
+
     def build(self) -> nn.Module:
         """The model with 7 classes; zero-initialised norms (Swin V2, LeViT, …) are made to let the blocks through."""
-        model = timm.create_model(self.name, num_classes=7, **self.options)
+        model = self.bare()
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.5)

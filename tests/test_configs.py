@@ -7,7 +7,8 @@ import torch
 
 from nolora_vision import summary
 from nolora_vision.benchmark.sweep_plan import plan, read_sweep
-from nolora_vision.training.backbone import apply_method, build_model
+from nolora_vision.methods import apply_method
+from nolora_vision.training.backbone import build_model
 from nolora_vision.training.config_file import load_run_config
 from nolora_vision.training.sources import REGISTRY
 
@@ -28,7 +29,7 @@ def test_config(path: Path) -> None:
     assert any(word in text for word in ("Expected: ", "Measured: ")) and "device" in text.lower()
     with torch.device("meta"):
         model = build_model(config.model, REGISTRY[config.dataset].num_classes, pretrained=False)
-        apply_method(model, config.method, config.adapter)
+        apply_method(model, config.method, config.adapter, options=config.method_options)
     assert summary(model).adapter_params > 0
 
 
@@ -42,5 +43,5 @@ def test_sweep(path: Path) -> None:
         config = next(task.config for task in tasks if task.label == label)
         with torch.device("meta"):
             model = build_model(config.model, REGISTRY[config.dataset].num_classes, pretrained=False)
-            apply_method(model, config.method, config.adapter)
+            apply_method(model, config.method, config.adapter, options=config.method_options)
         assert any(parameter.requires_grad for parameter in model.parameters())

@@ -62,7 +62,8 @@ FIELDS: Mapping[str, tuple[type, ...]] = {
     "dtype": _TEXT,
     "weights_sha256": _TEXT,
 }
-OPTIONAL_FIELDS: Mapping[str, tuple[type, ...]] = {"sha256": _TEXT}
+OPTIONAL_FIELDS: Mapping[str, tuple[type, ...]] = {"sha256": _TEXT, "method": (dict,)}
+"""`method`: adapters that `inject` does not make: name, adapter and options, see `nolora_vision.methods`."""
 
 
 def write_adapter_files(

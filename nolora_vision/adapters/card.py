@@ -27,7 +27,7 @@ def model_card(config: Mapping[str, Any], *, peft_flags: Sequence[str] | None = 
     Args:
         peft_flags: the directory is in PEFT's format; paths of the attentions whose bypass PEFT's user must cure.
     """
-    name, method = full_name(config), method_name(config["adapter"])
+    name, method = full_name(config), method_name(config["adapter"], config.get("method"))
     usage = _usage(config, name) if peft_flags is None else _peft_usage(config, name, peft_flags)
     return "\n".join(
         [
@@ -46,8 +46,10 @@ def full_name(config: Mapping[str, Any]) -> str:
     return config["architecture"] + (f".{config['pretrained_tag']}" if config["pretrained_tag"] else "")
 
 
-def method_name(adapter: Mapping[str, Any] | None) -> str:
+def method_name(adapter: Mapping[str, Any] | None, method: Mapping[str, Any] | None = None) -> str:
     """What the adapters are, in words: NoLoRA (swish, gate), rank 8."""
+    if method is not None:
+        return f"Adapters by the method {_plain(str(method.get('name')))}"
     if adapter is None:
         return "Trained weights"
     linear = adapter["nonlinearity"] == "identity" and adapter["modulation"] != "gate"
@@ -159,6 +161,15 @@ def _metric_name(key: str) -> str:
 
 
 def _usage(config: Mapping[str, Any], name: str) -> Iterable[str]:
+    if "method" in config:
+        yield f"""```python
+import timm
+from nolora_vision.methods import load_trained
+
+model = {_create_model(config, name)}
+load_trained(model, "{IN_DIRECTORY}")
+```"""
+        return
     yield f"""```python
 import nolora_vision
 import torch

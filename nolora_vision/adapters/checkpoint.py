@@ -21,8 +21,9 @@ from nolora_vision.adapters.card import model_card
 from nolora_vision.adapters.description import INFO, describe, refuse_other_weights
 from nolora_vision.adapters.peft_format import is_peft, read_peft, write_peft
 from nolora_vision.config import AdapterConfig, ConfigError
+from nolora_vision.surgery.applied import applied_to
 from nolora_vision.surgery.frozen_dtype import LOADED
-from nolora_vision.surgery.groups import parameter_kind
+from nolora_vision.surgery.groups import adapter_parameters, parameter_kind
 from nolora_vision.surgery.inject import batches_tracked, inject, injection_of, is_injected, withdraw
 from nolora_vision.surgery.plan import InjectionError
 from nolora_vision.surgery.sites import classifier_paths, inside
@@ -121,6 +122,7 @@ def apply_adapter(
     Raises:
         CheckpointError: if they do not fit. The model is unchanged.
     """
+    _refuse_other_method(model, config, source)
     _refuse_other_model(model, config, head=head, check_backbone=check_backbone)
     if not head:
         heads = classifier_paths(model)
@@ -164,6 +166,15 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def adapter_bytes(model: nn.Module) -> int:
+    """Size of what training changed without the head, as the safetensors file that `save_adapter` would write."""
+    from safetensors.torch import save
+
+    bare = bare_model(model)
+    heads = classifier_paths(bare)
+    return len(save({n: _saved(t, None) for n, t in trained_state(bare).items() if not inside(n, heads)}))
+
+
 def _saved(t: Tensor, dtype: str | None) -> Tensor:
     """On the CPU; statistics of BatchNorms keep their type, as a rounded variance would not be what evaluation used."""
     wanted = DTYPES[dtype] if dtype is not None and isinstance(t, nn.Parameter) else t.dtype
@@ -174,6 +185,17 @@ def _refuse_wrong_names(config: Mapping[str, Any]) -> None:
     names, classes = config["class_names"], config["num_classes"]
     if names is not None and len(names) != classes:
         raise ValueError(f"{len(names)} class_names for a head of {classes} classes. Pass one for each, in order.")
+
+
+def _refuse_other_method(model: nn.Module, config: Mapping[str, Any], source: str) -> None:
+    """Adapters that `inject` does not make must be there already."""
+    wanted, applied = config.get("method"), applied_to(model)
+    own = None if applied is None or not applied.parameters else json.loads(json.dumps(applied.rebuilds()))
+    if wanted is not None and wanted != own:
+        raise AdapterMismatchError(
+            f"{source} holds what the method {wanted.get('name')!r} trained, which needs its own layers in the model. "
+            f"Load it with nolora_vision.methods.load_trained(model, directory), which makes them."
+        )
 
 
 def _refuse_other_model(model: nn.Module, config: Mapping[str, Any], *, head: bool, check_backbone: bool) -> None:
@@ -207,7 +229,8 @@ def _refuse_other_model(model: nn.Module, config: Mapping[str, Any], *, head: bo
 
 def _refuse_other_tensors(model: nn.Module, state: Mapping[str, Tensor], source: str, *, head: bool) -> None:
     own, heads = bare_state(model), classifier_paths(model)
-    wanted = trained_state(model) if is_injected(model) else {n: t for n, t in own.items() if inside(n, heads)}
+    adapted = is_injected(model) or any(True for _ in adapter_parameters(model))
+    wanted = trained_state(model) if adapted else {n: t for n, t in own.items() if inside(n, heads)}
     missing = sorted(
         name
         for name, t in wanted.items()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nolora_vision.adapters.adapter_files import FORMAT_VERSION, AdapterMismatchError
 from nolora_vision.adapters.model_kwargs import image_size_of, own_kwargs
+from nolora_vision.surgery.applied import applied_to
 from nolora_vision.surgery.frozen_dtype import held_in, sample_of, spread_values
 from nolora_vision.surgery.inject import injection_of, is_injected
 from nolora_vision.surgery.sites import find_sites
@@ -39,7 +40,7 @@ def describe(
     from nolora_vision import __version__
 
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    before = info_of(model)
+    before, applied = info_of(model), applied_to(model)
     classes = getattr(model, "num_classes", None)
     if classes != before.get("num_classes"):
         before = {key: before[key] for key in ("preprocessing", "model_kwargs") if key in before}
@@ -60,6 +61,7 @@ def describe(
         "metrics": dict(kept.get("metrics") or {}),
         "metadata": {**(kept.get("metadata") or {}), **_held_dtype(model)},
         "versions": {"nolora_vision": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
+        **({"method": applied.rebuilds()} if applied is not None and applied.parameters else {}),
     }
 
 
@@ -84,7 +86,8 @@ def backbone_sample(model: nn.Module, layers: int = 8) -> dict[str, list[float]]
     held weights they are the values before.
     """
     own = bare_state(model)
-    names = [f"{bare_name(site.path)}.weight" for site in find_sites(model) if site.role]
+    paths = [bare_name(site.path) for site in find_sites(model) if site.role]
+    names = [f"{path}.weight" if f"{path}.weight" in own else f"{path}.base_layer.weight" for path in paths]  # PEFT's
     frozen = [n for n in names if isinstance(own.get(n), Tensor) and not own[n].requires_grad and not own[n].is_meta]
     chosen = [frozen[i * (len(frozen) - 1) // max(1, layers - 1)] for i in range(layers)] if frozen else []
     return {name: sample_of(model, name, own[name]) for name in dict.fromkeys(chosen)}

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nolora_vision import AdapterConfig, fold, use_backend
 from nolora_vision.benchmark.memory import model_tensors, peak_bytes, saved_bytes
-from nolora_vision.benchmark.methods import OURS, PEERS, apply_method, let_gradients_flow
+from nolora_vision.benchmark.speed_rows import OURS, PEERS, build_row, let_gradients_flow
 from nolora_vision.surgery.inject import is_injected
 from nolora_vision.training import figures
 from nolora_vision.training.backbone import set_compute
@@ -141,7 +141,7 @@ def _layer_job(
     model: nn.Module = nn.Sequential(OrderedDict([(name, nn.Linear(d, e))]))
     example = torch.zeros(1, d)
     only = AdapterConfig(rank=config.rank, targets=(name,))
-    model = apply_method(model, method, only, example_input=example).to(device)
+    model = build_row(model, method, only, example_input=example).to(device)
     x = torch.randn(batch, TOKENS, d, device=device, requires_grad=True)
     dy = torch.randn(batch, TOKENS, e, device=device, dtype=getattr(torch, dtype))
 
@@ -160,7 +160,7 @@ def _model(
     subject: str, method: str, mode: str, config: AdapterConfig, device: torch.device, dtype: str
 ) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """The model, and what to call."""
-    model = apply_method(timm.create_model(subject, num_classes=100), method, config)
+    model = build_row(timm.create_model(subject, num_classes=100), method, config)
     if method == "frozen" and mode != "compiled":  # the compiler does not take the hook that this sets
         let_gradients_flow(model)
     if mode in ("tuned", "compiled", "compiled_op"):

@@ -70,7 +70,7 @@ def header(found: Anatomy, directory: Path) -> dict[str, str]:
     metrics = [f"{name} {value:,.6g}" for name, value in config["metrics"].items() if isinstance(value, (int, float))]
     updates = f"{found.adapter_parameters:,} in {len(found.rows)} updates, " if found.rows else ""
     facts = {
-        "method": method_name(config["adapter"]).rstrip(","),
+        "method": method_name(config["adapter"], config.get("method")).rstrip(","),
         "model": full_name(config),
         "classes": _classes(config),
         "images": "" if not isinstance(images, (list, tuple)) else " × ".join(map(str, images[1:])) + " pixels",

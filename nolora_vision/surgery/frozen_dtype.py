@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nolora_vision.kernels.eager import autocasts
 from nolora_vision.surgery.adapter import ADAPTED_LAYERS
+from nolora_vision.surgery.applied import applied_to
 from nolora_vision.surgery.sites import classifier_paths, inside
 from nolora_vision.surgery.wrappers import bare_model, bare_name, bare_state
 
@@ -54,7 +55,8 @@ def hold_frozen(model: nn.Module, dtype: torch.dtype, *, keep_original: bool = T
     Under autocast the model's outputs and gradients stay the same, bit for bit: the casts that happened in every step
     happen once. Outside autocast the model turns autocast to this type on for its own forward; to call parts of it
     (`forward_features`), do so yourself. Adapters, the classifier, norms, embeddings, position tables and whatever
-    trains keep their type. An adapter that is saved names the weights as they were, so it fits the plain backbone.
+    trains keep their type, and so do weights that a peer's adapter computes with itself. An adapter that is saved names
+    the weights as they were, so it fits the plain backbone.
 
     Args:
         model: with its frozen parameters frozen already: after `inject` or `freeze_backbone`.
@@ -134,7 +136,9 @@ def spread_values(t: Tensor, count: int = 4) -> tuple[float, ...]:
 
 def _holdable(bare: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Frozen fp32 parameters that nothing reads but plain layers, by bare name."""
-    kept = (*classifier_paths(bare), *(p for p, m in bare.named_modules() if READS_DTYPE.fullmatch(type(m).__name__)))
+    kept = [*classifier_paths(bare), *(p for p, m in bare.named_modules() if READS_DTYPE.fullmatch(type(m).__name__))]
+    applied = applied_to(bare)
+    kept += [] if applied is None else applied.unheld
     brought = frozenset(getattr(bare, LOADED, ()))  # they will be saved: in full
     layers = {path: m for path, m in bare.named_modules() if _is_plain(m) and not inside(path, kept)}
     own = {id(layer) for layer in layers.values()}

@@ -7,17 +7,23 @@ from typing import Any
 
 from torch import nn
 
+from nolora_vision.config import AdapterConfig
 from nolora_vision.surgery.adapter import adapted_layers
+from nolora_vision.surgery.applied import Applied, applied_to
 from nolora_vision.surgery.sites import classifier_paths, inside
+from nolora_vision.surgery.wrappers import bare_name
 
 DECAYED = ("lora_A", "lora_B", "gate_weight")
 """The matrices of an adapter; v, θ and c are not decayed, as decay would pull f away from its form."""
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """A, B, v, θ, G and c of every adapter, in the model's order."""
+    """A, B, v, θ, G and c of every adapter, in the model's order; of a peer's adapters what they have."""
     for layer in adapted_layers(model).values():
         yield from layer.adapter.parameters()
+    applied = applied_to(model)
+    if applied is not None and applied.parameters:
+        yield from (p for name, p in model.named_parameters() if bare_name(name) in applied.parameters)
 
 
 def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -42,10 +48,11 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of everything that trains, named adapter, head and backbone, each with a `_no_decay` twin.
 
-    Not decayed: v, θ and c of the adapters; biases, norms and `model.no_weight_decay()` elsewhere.
+    Not decayed: v, θ and c of the adapters, and what else is a factor or a bias in those of peers; biases, norms and
+    `model.no_weight_decay()` elsewhere. With LoRA+'s `lr_ratio` every B is in a group of its own, adapter_b.
 
     Args:
-        lr: of the adapters, and of backbone parameters if any train.
+        lr: of the adapters, and of backbone parameters if any train; with an `lr_ratio` r, B's is r · lr.
         head_lr: of the classifier; None means lr.
         weight_decay: of the decayed groups.
 
@@ -54,21 +61,25 @@ def param_groups(
     """
     heads = classifier_paths(model)
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    applied = applied_to(model) or Applied("", AdapterConfig())
     members: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = parameter_kind(name, heads)
-        if kind == "adapter":
+        kind, bare = parameter_kind(name, heads), bare_name(name)
+        if bare in applied.parameters:
+            kind, decayed = "adapter", bare not in applied.undecayed
+        elif kind == "adapter":
             decayed = name.rpartition(".")[2] in DECAYED
         else:
             decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in spared
+        kind = "adapter_b" if bare in applied.faster else kind
         members.setdefault(kind if decayed else f"{kind}_no_decay", []).append(parameter)
     if not members:
         raise ValueError(
             "No parameter of the model requires a gradient. Call nolora_vision.inject(model), or set requires_grad."
         )
-    rates = {"head": lr if head_lr is None else head_lr}
+    rates = {"head": lr if head_lr is None else head_lr, "adapter_b": applied.lr_ratio * lr}
     return [
         {
             "name": name,

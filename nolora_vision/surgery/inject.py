@@ -12,6 +12,7 @@ from torch import nn
 
 from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
 from nolora_vision.surgery.adapter import AdaptedLayer, adapted_layers, adapted_type
+from nolora_vision.surgery.applied import APPLIED
 from nolora_vision.surgery.frozen_dtype import release_frozen
 from nolora_vision.surgery.low_rank_adapter import Adapter, LowRankAdapter, SplitAdapter, make_adapter
 from nolora_vision.surgery.modulation_noise import follow_batch
@@ -96,6 +97,7 @@ def eject(model: Model) -> Model:
     """
     withdraw(model)
     release_frozen(model)
+    model.__dict__.pop(APPLIED, None)
     if hasattr(model, SHELF):
         getattr(model, SHELF).close()
         delattr(model, SHELF)

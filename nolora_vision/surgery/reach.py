@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from nolora_vision.surgery.plan import InjectionError
+
+
+class UnrunnableError(InjectionError):
+    """The model took none of the inputs tried; `failures` are the reasons, on meta and for real in turn."""
+
+    def __init__(self, message: str, failures: Sequence[str]) -> None:
+        self.failures = tuple(failures)
+        super().__init__(message)
 
 
 def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_input: Any | None = None) -> None:
@@ -22,7 +30,7 @@ def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_inp
         example_input: a tensor or a tuple of arguments; None tries images of the sizes that the model knows.
 
     Raises:
-        InjectionError: if an adapter is not called, or the model cannot be run on any input tried.
+        InjectionError: if an adapter is not called, or the model cannot be run on any input tried (UnrunnableError).
     """
     called: set[str] = set()
     hooks = [adapter.register_forward_pre_hook(_noting(called, path)) for path, adapter in adapters.items()]
@@ -57,9 +65,10 @@ def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 failures.append(f"{run.__name__[1:]} on {_shapes(inputs)}: {reason}")
-    raise InjectionError(
+    raise UnrunnableError(
         f"{type(model).__name__} could not be run to check that its adapters are called. Pass example_input=, a tensor "
-        f"(or tuple of arguments) that the model accepts. Tried:\n" + "\n".join(f"  - {f[:300]}" for f in failures)
+        f"(or tuple of arguments) that the model accepts. Tried:\n" + "\n".join(f"  - {f[:300]}" for f in failures),
+        failures,
     )
 
 

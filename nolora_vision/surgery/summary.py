@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from nolora_vision.surgery.adapter import adapted_layers
-from nolora_vision.surgery.groups import head_parameters
+from nolora_vision.surgery.applied import Applied, applied_to
+from nolora_vision.surgery.groups import adapter_parameters, head_parameters
 from nolora_vision.surgery.inject import injection_of, is_injected
 
 
@@ -41,19 +42,28 @@ class Summary:
     trainable_params: int
     total_params: int
     """Everything, adapters and head included."""
+    applied: Applied | None = None
+    """The method, if `nolora_vision.methods.apply_method` applied one; a peer's adapters have no rows."""
 
     def __str__(self) -> str:
         header = ("layer", "role", "in → out", "rank", "f", "modulation", "parameters")
         body = [
             (r.path, r.role, r.shape, f"{r.rank}", r.nonlinearity, r.modulation, f"{r.params:,}") for r in self.rows
         ]
-        table = _align([header, *body], right=(3, 6)) if body else ["no adapters"]
+        table = _align([header, *body], right=(3, 6)) if body else [self._without_rows()]
         return "\n".join([*table, "", *self._totals()])
+
+    def _without_rows(self) -> str:
+        if self.applied is None:
+            return "no adapters"
+        names = self.applied.layers
+        return self.applied.method + (f" on {names[0]} … {names[-1]}" if names else ": no adapters")
 
     def _totals(self) -> list[str]:
         share = 100 * self.adapter_params / max(1, self.total_params)
+        layers = len(self.rows) or len(self.applied.layers if self.applied is not None else ())
         return [
-            f"adapters: {self.adapter_params:,} parameters in {len(self.rows)} layers ({share:.3f} % of the model)",
+            f"adapters: {self.adapter_params:,} parameters in {layers} layers ({share:.3f} % of the model)",
             f"head: {self.head_params:,} trainable parameters",
             f"trainable: {self.trainable_params:,} of {self.total_params:,}",
         ]
@@ -82,10 +92,11 @@ def summary(model: nn.Module) -> Summary:
         )
     return Summary(
         rows=tuple(rows),
-        adapter_params=sum(row.params for row in rows),
+        adapter_params=sum(p.numel() for p in adapter_parameters(model)),
         head_params=sum(p.numel() for p in head_parameters(model) if p.requires_grad),
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_params=sum(p.numel() for p in model.parameters()),
+        applied=applied_to(model),
     )
 
 

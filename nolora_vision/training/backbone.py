@@ -1,10 +1,9 @@
-"""timm model + head + method → a model whose right parameters train."""
+"""timm model + head, and how it computes: type of the frozen weights, attention, preprocessing."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nolora_vision import AdapterConfig, freeze_backbone, hold_frozen, inject
+from nolora_vision import hold_frozen
 from nolora_vision.training.errors import RunError, hub_advice
 
 
@@ -75,17 +74,6 @@ def _known_architecture(name: str) -> str:
         hint = f" Nearest: {', '.join(near)}." if near else ""
         raise RunError(f"timm {timm.__version__} has no model {name!r}.{hint} All names: timm.list_models().")
     return bare
-
-
-def apply_method(model: nn.Module, method: str, adapter: AdapterConfig) -> nn.Module:
-    """Make the right parameters trainable: nolora, lora, linear (the classifier alone) or full."""
-    if method == "linear":
-        freeze_backbone(model)
-    elif method == "lora":
-        inject(model, replace(adapter, nonlinearity="identity", modulation="none"))
-    elif method == "nolora":
-        inject(model, adapter)
-    return model
 
 
 def set_compute(model: nn.Module, device_type: str, *, amp_dtype: str, frozen_dtype: str, fused_attn: str) -> None:

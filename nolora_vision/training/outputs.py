@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from nolora_vision import save_adapter, summary
+from nolora_vision.adapters.checkpoint import adapter_bytes
 from nolora_vision.training import figures
 from nolora_vision.training.config_file import as_plain, dump_run_config
 from nolora_vision.training.data import ImageData
@@ -81,6 +82,7 @@ def make_record(
             "total_seconds": seconds,
             "train_images_per_s": result.images_per_s,
             "train_forward_images": result.forward_images,
+            "adapter_bytes": adapter_bytes(model),
             **peak_memory(),
         },
         "parameters": {

@@ -21,15 +21,14 @@ from nolora_vision import (
     CheckpointError,
     ConfigError,
     InjectionError,
-    load_adapter,
     param_groups,
     read_adapter_config,
 )
 from nolora_vision.adapters.hub import find_adapter
 from nolora_vision.config import did_you_mean
+from nolora_vision.methods import apply_method, load_trained
 from nolora_vision.training import outputs
 from nolora_vision.training.backbone import (
-    apply_method,
     data_config,
     full_name,
     refuse_wrong_size,
@@ -109,7 +108,7 @@ def run(
     model = (shelf.model if shelf else build_config_model)(config, len(data.class_names))
     images = data_config(model, config.img_size, config.crop_pct or data.about.get("crop_pct"))
     refuse_wrong_size(model, images["input_size"])
-    apply_method(model, config.method, config.adapter)
+    apply_method(model, config.method, config.adapter, options=config.method_options)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
     size, folder = images["input_size"][-1], None
     if keep and score_test:
@@ -228,7 +227,7 @@ def run_eval_only(config: RunConfig) -> dict[str, Any]:
         raise RunError(f"The adapter knows {saved['num_classes']} classes, {config.dataset} has {got}.")
     _refuse_lost_backbone(saved)
     config = config.for_adapter(saved)
-    model = load_adapter(build_config_model(config, saved["num_classes"]), directory)
+    model = load_trained(build_config_model(config, saved["num_classes"]), directory)
     accelerator = make_accelerator(config.amp_dtype)
     set_compute(model, accelerator.device.type, **compute_options(config))
     images = data_config(model, config.img_size, config.crop_pct or saved["preprocessing"].get("crop_pct"))

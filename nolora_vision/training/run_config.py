@@ -11,6 +11,7 @@ import tyro
 from pydantic import ConfigDict
 
 from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
+from nolora_vision.methods.catalogue import METHODS, method_problems
 
 Short = tyro.conf.arg
 
@@ -26,10 +27,13 @@ class RunConfig:
     dataset: str = "cifar100"
     """cifar10, cifar100, pets, cars, dtd, eurosat, aircraft, resisc45, food101, flowers102, beans, digits (or
     digits:5-9), vtab:TASK, a Hugging Face dataset id, or a local folder or file."""
-    method: Literal["nolora", "lora", "linear", "full"] = "nolora"
-    """What trains: nonlinear adapters, linear ones, the classifier alone, or everything."""
+    method: str = "nolora"
+    """What trains: nolora, lora, aurora (ours); linear (the classifier), full, bitfit, layernorm; adaptformer; or by
+    PEFT peft-lora, rslora, lora-plus, dora, pissa, vera, fourierft, hira, peanut, randlora, c3a, oft, boft, ia3."""
+    method_options: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Options of the method, such as `lr_ratio 16` or `n_frequency 500`; a wrong one is answered with all."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """The adapters of nolora; lora takes all of it but the nonlinearity and the modulation."""
+    """The adapters of nolora; other methods take of it what they have: layers, rank, alpha, dropout."""
     pretrained: bool = True
     """Start from pretrained weights."""
     pretrained_path: Path | None = None
@@ -48,7 +52,8 @@ class RunConfig:
     opt: str = "adamw"
     """Optimizer, by its timm name."""
     lr: float | None = None
-    """Peak learning rate of the adapters, or of the backbone with method full; None takes 2e-3, or 1e-4 with full."""
+    """Peak learning rate of the adapters, or of what trains of the backbone; None takes the method's: 2e-3, 1e-3 with
+    bitfit and layernorm, 1e-4 with full."""
     head_lr: float | None = 3e-3
     """Peak learning rate of the classifier; None takes lr."""
     weight_decay: float = 1e-4
@@ -158,7 +163,8 @@ class RunConfig:
         for name in ("output", "pretrained_path", "vtab_root", "splits"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        problems = [*_range_problems(self), *_split_problems(self), *_consistency_problems(self)]
+        problems = [*method_problems(self.method, self.method_options), *_range_problems(self)]
+        problems += [*_split_problems(self), *_consistency_problems(self)]
         if self.eval_only and self.adapter_dir is None:
             problems.append("eval_only needs the adapter to test: --adapter DIR.")
         if self.pretrained_path is not None and self.pretrained_path.suffix != ".safetensors":
@@ -181,7 +187,7 @@ class RunConfig:
 
     def resolved(self) -> RunConfig:
         """The same config with the method's own learning rate in place of None."""
-        return self if self.lr is not None else replace(self, lr=DEFAULT_LR[self.method])
+        return self if self.lr is not None else replace(self, lr=METHODS[self.method].lr)
 
     def for_adapter(self, saved: Mapping[str, Any]) -> RunConfig:
         """The same config with the model that a saved adapter was trained on; own weights and image size win.
@@ -203,13 +209,10 @@ class RunConfig:
 
 
 CONSISTENCY_MODES = ("twice", "previous", "part", "every")
-MODULATED_METHODS = ("nolora", "lora")
+MODULATED_METHODS = ("nolora", "lora", "aurora")
 """Methods whose adapters take modulation_noise."""
 DROPOUT_KWARGS = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 """timm's arguments that make a model in training noisy."""
-
-DEFAULT_LR = {"nolora": 2e-3, "lora": 2e-3, "linear": 2e-3, "full": 1e-4}
-"""Peak learning rate by method, where none is given."""
 
 _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),

@@ -11,7 +11,7 @@ import torch
 
 import nolora_vision
 from nolora_vision.benchmark import speed
-from nolora_vision.benchmark.methods import METHODS, OURS, PEERS, apply_method
+from nolora_vision.benchmark.speed_rows import OURS, PEERS, ROWS, build_row
 from nolora_vision.surgery.adapter import adapted_layers
 from tests.families import FAMILIES
 
@@ -32,10 +32,10 @@ def test_it_writes_tables_and_a_picture(tmp_path: Path, capsys) -> None:
     assert "× PEFT LoRA" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_sit_on_the_same_layers_and_train_what_they_name(method: str) -> None:
+@pytest.mark.parametrize("method", ROWS)
+def test_rows_sit_on_the_same_layers_and_train_what_they_name(method: str) -> None:
     family = FAMILIES["swinv2"]
-    model = apply_method(family.build(), method, CONFIG).train()
+    model = build_row(family.build(), method, CONFIG).train()
     plain = nolora_vision.inject(family.build(), CONFIG)
     model(family.images(2)).square().sum().backward()
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -50,9 +50,9 @@ def test_methods_sit_on_the_same_layers_and_train_what_they_name(method: str) ->
     assert all(p.grad is not None and p.grad.any() for p in learning), "a bypassed layer learns nothing"
 
 
-def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match=r"method must be one of frozen, head, .*, got 'lora'"):
-        apply_method(timm.create_model("test_vit"), "lora", CONFIG)
+def test_an_unknown_row_is_named() -> None:
+    with pytest.raises(ValueError, match=r"A row must be one of frozen, head, .*, got 'lora'"):
+        build_row(timm.create_model("test_vit"), "lora", CONFIG)
 
 
 def test_the_node_keeps_less_and_runs_fewer_large_operations() -> None:

@@ -84,7 +84,9 @@ def test_a_final_run_keeps_the_last_epoch() -> None:
         ("[1, 2]", "must hold fields and values, got list"),
         ("a: [", "is not YAML"),
         ("adapter: {rank: 0}", "rank must be an integer of at least 1, got 0"),
-        ("method: lore", "method: input should be 'nolora', 'lora', 'linear' or 'full', got 'lore'"),
+        ("method: lore", r"method must be one of nolora, lora, .*, got 'lore'\. Did you mean 'lora'\?"),
+        ("{method: dora, method_options: {rank: 3}}", "'rank' is no option of dora.* Options of dora: lr_ratio"),
+        ("{method: vera, method_options: {d_initial: -1}}", "d_initial must be a positive number, got -1"),
         ("pretrained_path: x.pth", r"pretrained_path must be a \.safetensors file, got x\.pth"),
     ],
 )
