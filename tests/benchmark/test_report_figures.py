@@ -137,7 +137,7 @@ def test_learned_nonlinearities_are_drawn_where_runs_left_adapters(
     sweep = SweepFiles(tmp_path / "s")
     assert learned_functions(read_results([sweep.done("lora", 0, test=80.0).parents[1]]).runs) == {}
     path = sweep.done("swish", 0, test=80.0)
-    trained_adapter(path.parent / path.stem / "adapter", "swish")
+    trained_adapter(tmp_path / "s" / "adapters" / path.stem / "adapter", "swish")
     path = sweep.done("tanh", 0, test=80.0)
     trained_adapter(tmp_path / "s" / "adapters" / path.stem, "tanh")
     (tmp_path / "s" / "adapters" / sweep.done("broken", 0, test=80.0).stem).mkdir()
