@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from nolora_vision.benchmark.comparison import TRAIN_SIZE, Comparison, Outcome
-from nolora_vision.benchmark.published import EIGHT_SETS, SUITE, VTAB, VTAB_GROUPS, VTAB_TASKS, vtab_task
+from nolora_vision.benchmark.published import EIGHT_SETS, SUITE, VTAB, vtab_task
 from nolora_vision.benchmark.report_tables import (
     EMPTY,
     Table,
@@ -16,6 +16,7 @@ from nolora_vision.benchmark.report_tables import (
     mean_and_spread,
     number,
 )
+from nolora_vision.training.vtab import VTAB_TASKS, vtab_averages
 
 NO_CLAIM = "Published rows are quoted, not reproduced: other code, recipes, splits; no difference to them is claimed."
 PUBLISHED_MODEL = "vit_base_patch16_224"
@@ -80,7 +81,7 @@ def _vtab(comparisons: Mapping[str, Comparison]) -> Table:
     ]  # fmt: skip
     for label, outcomes in _by_label(comparisons).items():
         means = {task: outcome.mean for task, outcome in outcomes.items() if outcome.mean is not None}
-        averages = vtab_averages(means)
+        averages = vtab_averages(means) if set(means) == set(VTAB_TASKS) else (None, None)
         tasks = (number(means.get(task), ".1f") for task in VTAB_TASKS)
         rows.append((Value(label), *(number(a, ".1f") for a in averages), *tasks, Value(_seeds(outcomes))))
     published = [True] * len(VTAB) + [False] * (len(rows) - len(VTAB))
@@ -88,14 +89,6 @@ def _vtab(comparisons: Mapping[str, Comparison]) -> Table:
     notes = [f"{len(comparisons)} of 19 tasks were run; ours have averages only where all are.", *_notes(comparisons)]
     title = f"VTAB-1k, test top-1 (%) · ours: {cell.model}" + _conditions(cell.conditions)
     return make_table(title, columns, rows, notes=notes, published=published)
-
-
-def vtab_averages(means: Mapping[str, float]) -> tuple[float | None, float | None]:
-    """Mean of the three groups' means, and mean of the 19 tasks; None unless all 19 are there."""
-    if set(means) != set(VTAB_TASKS):
-        return None, None
-    groups = [statistics.fmean(means[task] for task in tasks) for tasks in VTAB_GROUPS.values()]
-    return statistics.fmean(groups), statistics.fmean(means.values())
 
 
 def _conditions(conditions: str) -> str:

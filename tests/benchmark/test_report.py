@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from nolora_vision.benchmark import report_figures
-from nolora_vision.benchmark.paper_tables import NO_CLAIM, paper_tables, vtab_averages
-from nolora_vision.benchmark.published import EIGHT_SETS, SUITE, VTAB, VTAB_GROUPS, VTAB_TASKS
+from nolora_vision.benchmark.paper_tables import NO_CLAIM, paper_tables
+from nolora_vision.benchmark.published import EIGHT_SETS, SUITE, VTAB
 from nolora_vision.benchmark.report import main, write_report
 from nolora_vision.benchmark.report_content import Report, build_report
 from nolora_vision.benchmark.report_tables import Table, across_datasets
 from nolora_vision.benchmark.results import read_results
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.vtab import VTAB_TASKS
 from tests.benchmark.sweep_files import MODEL, SweepFiles
 
 ROOT = Path(__file__).parents[2]
@@ -194,11 +195,6 @@ def test_the_papers_rows_stand_beside_ours_and_are_marked(tmp_path: Path) -> Non
 
 
 def test_vtab_has_both_averages_and_only_of_all_tasks(tmp_path: Path) -> None:
-    means = {task: 60.0 for task in VTAB_GROUPS["natural"]} | {task: 70.0 for task in VTAB_GROUPS["specialized"]}
-    means |= {task: 80.0 for task in VTAB_GROUPS["structured"]}
-    groups, sets = vtab_averages(means)
-    assert groups == pytest.approx(70) and sets == pytest.approx((7 * 60 + 4 * 70 + 8 * 80) / 19)
-    assert vtab_averages({**means, "other": 1.0}) == (None, None)
     report = reported(suite(tmp_path / "s", [f"vtab:{task}" for task in VTAB_TASKS]))
     table = only_table(report, "Beside the papers")
     row = dict(zip(table.columns, (value.text for value in table.rows[-2]), strict=True))

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from nolora_vision.benchmark.comparison import Cell, Comparison, compare, recipe_notes
-from nolora_vision.benchmark.published import EIGHT_SETS, VTAB_TASKS, dataset_title, vtab_task
+from nolora_vision.benchmark.published import EIGHT_SETS, dataset_title, vtab_task
 from nolora_vision.benchmark.results import Results, read_results
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.vtab import VTAB_TASKS
 from tests.benchmark.sweep_files import CIFAR10, MODEL, SweepFiles
 
 
