@@ -10,27 +10,27 @@ from statistics import fmean
 
 VTAB_GROUPS: Mapping[str, Mapping[str, int]] = {
     "natural": {
-        "caltech101": 102,
         "cifar": 100,
+        "caltech101": 102,
         "dtd": 47,
         "oxford_flowers102": 102,
         "oxford_iiit_pet": 37,
-        "sun397": 397,
         "svhn": 10,
+        "sun397": 397,
     },
-    "specialized": {"diabetic_retinopathy": 5, "eurosat": 10, "patch_camelyon": 2, "resisc45": 45},
+    "specialized": {"patch_camelyon": 2, "eurosat": 10, "resisc45": 45, "diabetic_retinopathy": 5},
     "structured": {
         "clevr_count": 8,
         "clevr_dist": 6,
         "dmlab": 6,
+        "kitti": 4,
         "dsprites_loc": 16,
         "dsprites_ori": 16,
-        "kitti": 4,
         "smallnorb_azi": 18,
         "smallnorb_ele": 9,
     },
 }
-"""Classes of each task, by group; tasks are named as the folders of the community's copy."""
+"""Classes of each task, by group, in the order of papers' tables; named as the folders of the community's copy."""
 
 VTAB_TASKS: Mapping[str, int] = {task: classes for group in VTAB_GROUPS.values() for task, classes in group.items()}
 """Classes of each task."""
