@@ -63,11 +63,11 @@ def main(
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    if retry_failed:
-        forget_failed(folder)
     if dry_run:
         print(f"{sweep.name}: {len(missing)} runs can be done next, {len(choices)} choices are made ({folder}).")
         return 0
+    if retry_failed:
+        forget_failed(folder)
     if processes > 1:
         return in_processes(sweep_file, folder, processes, max_hours)
     conduct(sweep, folder, deadline=None if max_hours is None else time.monotonic() + 3600 * max_hours)
@@ -184,8 +184,10 @@ def said(record: Mapping[str, Any]) -> str:
     if record["status"] == "failed":
         return f"failed: {record['error'].splitlines()[0]}"
     metrics = record["metrics"]
-    tested = f"test {metrics['test_top1_percent']:.2f} %  " if "test_top1_percent" in metrics else ""
-    return f"{tested}val {metrics['val_top1_percent']:.2f} %  {metrics['total_seconds']:.0f} s"
+    scores = [
+        f"{split} {metrics[key]:.2f} %  " for split in ("test", "val") if (key := f"{split}_top1_percent") in metrics
+    ]
+    return f"{''.join(scores)}{metrics['total_seconds']:.0f} s"
 
 
 def show(choices: Sequence[Choice], results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -167,7 +167,12 @@ def make_task(sweep: Sweep, label: str, phase: Phase, cell: Point, point: Point,
     settings: dict[str, Any] = {}
     for layer in (sweep.base, own, point, {"seed": seed}):
         _merge(settings, layer)
-    config = make_run_config(settings, owner=f"{label} of {sweep.name or 'the sweep'}").resolved()
+    owner = f"{label} of {sweep.name or 'the sweep'}"
+    config = make_run_config(settings, owner=owner).resolved()
+    if phase == "choose" and config.train_on == "train_val":
+        raise ConfigError(
+            owner, ["train_on is train_val, so no validation images are left to choose by: set it to train."]
+        )
     return Task(label, phase, cell, point, seed, config)
 
 

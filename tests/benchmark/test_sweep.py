@@ -106,6 +106,8 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(
     assert len(results) == 8 and {r["error"] for r in failures} == {"RuntimeError: no room"}
     assert {r["label"] for r in failures} == {"tanh"} and "failed: RuntimeError: no room" in capsys.readouterr().out
     monkeypatch.setattr(sweeping, "run", real)
+    assert main(tmp_path / "s.yaml", output=folder, retry_failed=True, dry_run=True) == 0
+    assert len(read_results(folder)) == 8  # it only says what it would do
     assert main(tmp_path / "s.yaml", output=folder, retry_failed=True) == 0
     assert all(r["status"] == "done" for r in read_results(folder).values())
 
@@ -145,6 +147,16 @@ def test_a_report_reads_what_a_sweep_leaves(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.html").is_file()
     text = (tmp_path / "report" / "report.md").read_text()
     assert "lora" in text and "tanh" in text and "warning" not in text.lower()
+
+
+def test_a_run_on_all_images_has_no_validation_score_to_print(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = SWEEP.replace("  workers: 0", "  workers: 0\n  train_on: train_val\n  keep_epoch: last")
+    (tmp_path / "s.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith("choose")))
+    conduct(read_sweep(tmp_path / "s.yaml"), tmp_path / "out")
+    printed = [line for line in capsys.readouterr().out.splitlines() if "seed 0" in line]
+    assert len(printed) == 2 and all("test " in line and "val " not in line for line in printed)
 
 
 def test_two_processes_share_the_work(sweep: Sweep, tmp_path: Path) -> None:

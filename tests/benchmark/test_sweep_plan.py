@@ -148,6 +148,13 @@ def test_an_unusable_run_is_refused_with_its_method() -> None:
         plan(make(methods={**METHODS, "tanh": {"adapter": {"rank": 0}}}), {})
 
 
+def test_what_trains_on_the_validation_images_cannot_be_chosen_by_them() -> None:
+    base = {"train_on": "train_val", "keep_epoch": "last"}
+    with pytest.raises(ConfigError, match="train_on is train_val, so no validation images are left to choose by"):
+        plan(make(base=base), {})
+    assert plan(make(base=base, choose=None), {})[0]
+
+
 def test_a_file_is_read_with_numbers_as_people_write_them(tmp_path: Path) -> None:
     file = tmp_path / "small.yaml"
     file.write_text("methods: {lora: {method: lora}}\nchoose: {axes: {lr: [1e-3, 2.5e-3]}}\nbase: {epochs: 2}\n")
