@@ -42,7 +42,8 @@ class Sweep:
     """A base config, methods that differ from it, axes along which all of them are compared, and seeds."""
 
     methods: Mapping[str, Mapping[str, Any]]
-    """By name: fields of RunConfig; also `choose`: own candidates, as many; `only`: axis → values to which it keeps."""
+    """By name: fields of RunConfig; also `choose`: own candidates of an axis, or null where the method has no use for
+    it, as many in all as the others have; `only`: axis → values to which it keeps."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Fields of RunConfig for all runs."""
     axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -66,8 +67,8 @@ class Sweep:
         """Candidates of a method by axis."""
         if self.choose is None:
             return {}
-        own = self.methods[label].get("choose", {})
-        return {axis: list(own.get(axis, values)) for axis, values in self.choose.axes.items()}
+        every = {**self.choose.axes, **self.methods[label].get("choose", {})}
+        return {axis: list(values) for axis, values in every.items() if values is not None}
 
     def cells(self, label: str | None = None) -> Iterator[Point]:
         """Every combination of the axes; those in which a method takes part."""
@@ -278,12 +279,15 @@ def _problems(sweep: Sweep) -> Iterable[str]:
     for axis in sweep.choose.axes:
         if axis in sweep.axes:
             yield f"{axis} is in axes and in choose."
+    trials = math.prod(map(len, sweep.choose.axes.values()))
     for label, own in sweep.methods.items():
-        for axis, values in own.get("choose", {}).items():
-            common = sweep.choose.axes.get(axis)
-            if common is None or len(values) != len(common):
-                yield f"{label}: choose {axis} must have as many candidates as all methods have, for equal trials."
-    for label in sweep.methods:
-        for axis, values in sweep.candidates(label).items():
+        for axis in own.get("choose", {}):
+            if axis not in sweep.choose.axes:
+                yield f"{label}: choose {axis} is no axis of choose: {', '.join(sweep.choose.axes)}."
+        candidates = sweep.candidates(label)
+        count = math.prod(map(len, candidates.values()))
+        if count != trials:
+            yield f"{label}: choose must give {trials} candidates, as all methods have, for equal trials; got {count}."
+        for axis, values in candidates.items():
             if not values or sorted(values) != list(values) or values[0] <= 0:
                 yield f"{label}: the candidates of {axis} must be positive and in rising order, got {values}."

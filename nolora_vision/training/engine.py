@@ -138,8 +138,9 @@ def fit(
     clip_grad: float | None = None,
     ema: Any | None = None,
     keep_epoch: str = "best",
+    validate_every: int = 1,
 ) -> Fit:
-    """Train for some epochs, validating after each; nothing is kept but the trainable weights of one epoch.
+    """Train for some epochs and validate in between; nothing is kept but the trainable weights of one epoch.
 
     Args:
         scheduler: with `step_update(updates)`, once for each optimizer step, as timm's.
@@ -147,7 +148,8 @@ def fit(
         objective: what a step minimises, see `consistency.py`; None is the cross-entropy.
         mixup: of timm, on a batch and its labels.
         ema: a moving average of the bare model with `update(model)` and `.module`, which is validated instead.
-        keep_epoch: the best by validation, or the last.
+        keep_epoch: the best of those that were validated, or the last.
+        validate_every: epochs between validations; 0 validates after the last epoch only, which always is.
 
     Raises:
         RunError: if the loss is not finite.
@@ -178,14 +180,15 @@ def fit(
         result.train_seconds += seconds
         result.images_seen += tally.images
         result.forward_images += tally.passes
-        scores = evaluate(model if ema is None else ema.module, val, accelerator=accelerator)
         row = {"epoch": epoch + 1, "train_loss": tally.loss, "train_top1_percent": tally.top1_percent}
-        row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent, "lr": optimizer.param_groups[0]["lr"]}
-        row |= {"train_seconds": seconds, "images_per_s": tally.images / seconds}
+        if epoch + 1 == epochs or (validate_every and (epoch + 1) % validate_every == 0):
+            scores = evaluate(model if ema is None else ema.module, val, accelerator=accelerator)
+            row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent}
+            if keep_epoch == "last" or scores.top1_percent > result.best_val_top1_percent:
+                result.best_epoch, result.best_val_top1_percent = epoch + 1, scores.top1_percent
+                result.best_state = trained_copy(bare, bare if ema is None else ema.module)
+        row |= {"lr": optimizer.param_groups[0]["lr"], "train_seconds": seconds, "images_per_s": tally.images / seconds}
         result.history.append(row)
-        if keep_epoch == "last" or scores.top1_percent > result.best_val_top1_percent:
-            result.best_epoch, result.best_val_top1_percent = epoch + 1, scores.top1_percent
-            result.best_state = trained_copy(bare, bare if ema is None else ema.module)
         progress.end_epoch(row)
         accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch + 1)
     return result

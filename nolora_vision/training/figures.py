@@ -26,11 +26,11 @@ def learning_curve(path: Path, history: Sequence[Mapping[str, float]], *, best_e
     plt = pyplot()
     if plt is None:
         return False
-    epochs = [row["epoch"] for row in history]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, key, label in ((axes[0], "loss", "cross-entropy"), (axes[1], "top1_percent", "top-1 (%)")):
         for split, style in (("train", "o--"), ("val", "o-")):
-            axis.plot(epochs, [row[f"{split}_{key}"] for row in history], style, label=split)
+            points = [(row["epoch"], row[f"{split}_{key}"]) for row in history if f"{split}_{key}" in row]
+            axis.plot(*zip(*points, strict=True), style, label=split)
         axis.axvline(best_epoch, color="grey", linewidth=0.8, linestyle=":", label="chosen epoch")
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)

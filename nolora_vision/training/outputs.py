@@ -137,9 +137,9 @@ def save_outputs(
 
 
 def history_csv(history: Sequence[Mapping[str, float]]) -> str:
-    """One line for each epoch."""
+    """One line for each epoch; validation is empty where there was none."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(history[0]), lineterminator="\n")
+    writer = csv.DictWriter(stream, fieldnames=list(history[-1]), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     return stream.getvalue()

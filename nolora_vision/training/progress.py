@@ -48,10 +48,10 @@ class LiveProgress:
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
         """Print the epoch's line."""
+        validation = f"val top-1 {row['val_top1_percent']:.2f} %  " if "val_top1_percent" in row else ""
         self.console.print(
             f"epoch {row['epoch']:.0f}/{self.epochs}  train loss {row['train_loss']:.3f}  "
-            f"train top-1 {row['train_top1_percent']:.1f} %  val top-1 {row['val_top1_percent']:.2f} %  "
-            f"{row['images_per_s']:.0f} images/s",
+            f"train top-1 {row['train_top1_percent']:.1f} %  {validation}{row['images_per_s']:.0f} images/s",
             highlight=False,
             soft_wrap=True,
         )

@@ -206,6 +206,7 @@ def train_and_test(
             clip_grad=config.clip_grad,
             ema=ema,
             keep_epoch=config.keep_epoch,
+            validate_every=config.validate_every,
         )
     restore(model, result.best_state)
     scores = None

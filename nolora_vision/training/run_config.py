@@ -76,6 +76,8 @@ class RunConfig:
     """Stochastic depth rate."""
     keep_epoch: Literal["best", "last"] = "best"
     """Epoch whose weights are kept and tested: the best by validation, or the last."""
+    validate_every: int = 1
+    """Epochs between validations; 0 validates after the last epoch only, which always is."""
     consistency: float = 0.0
     """λ: weight of ‖logits₁ − logits₂‖² between two noisy looks at an image; needs adapter.modulation_noise, or another
     source of noise where the method has no modulation."""
@@ -218,7 +220,7 @@ _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),
     **dict.fromkeys(("max_train_samples", "max_eval_samples", "shots"), 1),
     **dict.fromkeys(("lr", "head_lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix"), 0),
-    **dict.fromkeys(("workers", "seed", "consistency"), 0),
+    **dict.fromkeys(("workers", "seed", "consistency", "validate_every"), 0),
     "consistency_every": 1,
 }
 _FRACTIONS = ("consistency_fraction", "smoothing", "drop_path", "model_ema_decay", "hflip", "reprob", "val_split")

@@ -134,13 +134,26 @@ def test_names_differ_where_settings_do() -> None:
         ({"seeds": [100]}, "the seeds of choose must not be among the seeds that are tested"),
         ({"axes": {"lr": [1e-3]}}, "lr is in axes and in choose"),
         ({"choose": Choose({"lr": [2e-3, 1e-3]})}, "must be positive and in rising order"),
-        ({"methods": {"lora": {"choose": {"lr": [1e-3]}}}}, "as many candidates as all methods have"),
+        (
+            {"methods": {"lora": {"choose": {"lr": [1e-3]}}}},
+            r"choose must give \d candidates.* for equal trials; got 1",
+        ),
+        ({"methods": {"lora": {"choose": {"rate": [1e-3]}}}}, "lora: choose rate is no axis of choose: lr"),
         ({"methods": {"lora": {"only": {"rank": [1]}}}}, "lora: only rank is no axis"),
     ],
 )
 def test_unusable_sweeps_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**changes)
+
+
+def test_a_method_without_use_for_an_axis_tries_as_many_of_another() -> None:
+    own = {"method": "linear", "choose": {"lr": None, "head_lr": [1e-3, 2e-3, 4e-3, 8e-3]}}
+    sweep = make(
+        methods={**METHODS, "linear": own}, choose=Choose({"lr": [1e-3, 2e-3], "head_lr": [1e-2, 2e-2]}, [100])
+    )
+    points = [dict(task.point) for task in plan(sweep, {})[0] if task.label == "linear"]
+    assert points == [{"head_lr": rate} for rate in own["choose"]["head_lr"]]
 
 
 def test_an_unusable_run_is_refused_with_its_method() -> None:

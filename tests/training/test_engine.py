@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nolora_vision.training.backbone import training_mode
 from nolora_vision.training.engine import evaluate, fit, make_accelerator, restore
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.outputs import history_csv
 from nolora_vision.training.progress import Silence
 
 SCHEDULE = SimpleNamespace(step_update=lambda updates: None)
@@ -79,6 +80,16 @@ def test_the_last_epoch_is_kept_where_it_is_asked_for() -> None:
     scores = [row["val_top1_percent"] for row in result.history]
     assert result.best_epoch == 40 and result.best_val_top1_percent == scores[-1] < max(scores)
     assert torch.equal(result.best_state["weight"], model.weight)
+
+
+@pytest.mark.parametrize(("every", "validated"), [(0, [5]), (2, [2, 4, 5]), (9, [5])])
+def test_the_last_epoch_is_validated_however_seldom_others_are(every: int, validated: list[int]) -> None:
+    loader = batches(8, 8)
+    result = train(nn.Linear(4, 3), loader, epochs=5, val=loader, validate_every=every)
+    assert [row["epoch"] for row in result.history if "val_loss" in row] == validated
+    assert result.best_epoch in validated
+    first, *_, last = history_csv(result.history).splitlines()[1:]
+    assert ",," in first and ",," not in last
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
