@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -19,6 +18,7 @@ from torchvision.transforms import Compose
 
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.image_cache import ImageCache
+from nolora_vision.training.order import AUGMENTATION, SeededOrder, drawing_from, number_of
 from nolora_vision.training.sources import load_tables
 from nolora_vision.training.split_file import describe_splits, read_split_file
 from nolora_vision.training.splits import SPLIT_SEED, Split, both, split_tables, subset, training_subset
@@ -104,25 +104,40 @@ class TransformedImages(Dataset[tuple[Tensor, int] | tuple[Tensor, int, int]]):
     Args:
         before: what happens to an image before it is kept.
         after: what happens to it each time.
+        seed: of the augmentation, for keys of a `SeededOrder`; None: nothing is random, and the keys are indices.
     """
 
     def __init__(
-        self, split: Split, before: Any, after: Any, cache: ImageCache | None = None, *, with_rows: bool = False
+        self,
+        split: Split,
+        before: Any,
+        after: Any,
+        cache: ImageCache | None = None,
+        *,
+        with_rows: bool = False,
+        seed: int | None = None,
     ) -> None:
         self.split, self.before, self.after, self.cache, self.with_rows = split, before, after, cache, with_rows
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, int]:
+    def __getitem__(self, key: int) -> tuple[Tensor, int] | tuple[Tensor, int, int]:
+        epoch, index = divmod(key, len(self))
         row = int(self.split.rows[index])
 
         def make() -> Image.Image:
             return self.before(self.split.table.image(row))
 
         image = make() if self.cache is None else self.cache.image(index, make)
+        if self.seed is None:
+            pixels = self.after(image)
+        else:
+            with drawing_from(number_of(self.seed, AUGMENTATION, epoch, index)):
+                pixels = self.after(image)
         label = int(self.split.table.labels[row])
-        return (self.after(image), label, index) if self.with_rows else (self.after(image), label)
+        return (pixels, label, index) if self.with_rows else (pixels, label)
 
 
 def fixed_and_random(transform: Any, *, training: bool) -> tuple[Compose, Compose]:
@@ -145,7 +160,7 @@ def make_loader(
     make_cache: MakeCache = ImageCache,
     with_rows: bool = False,
 ) -> DataLoader[Any]:
-    """Batches of a split under timm's transform for the model.
+    """Batches of a split under timm's transform for the model; for training as `order.py` says.
 
     Args:
         data_config: of `timm.data.resolve_model_data_config`: input_size, mean, std, interpolation, crop_pct.
@@ -158,16 +173,17 @@ def make_loader(
     transform = create_transform(**kept, is_training=training, **(augmentation or {}))
     capacity = int(min(cache_bytes, cache_need(split, kept["input_size"], training=training)))
     cache = make_cache(len(split), capacity) if capacity else None
+    parts = fixed_and_random(transform, training=training)
     return DataLoader(
-        TransformedImages(split, *fixed_and_random(transform, training=training), cache, with_rows=with_rows),
+        TransformedImages(split, *parts, cache, with_rows=with_rows, seed=seed if training else None),
         batch_size=batch_size,
-        shuffle=training,
+        sampler=SeededOrder(len(split), seed) if training else None,
         drop_last=training and len(split) > batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_seed_worker,
-        generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=_one_thread,
+        generator=torch.Generator().manual_seed(seed),  # of the workers' own seeds: not drawn from the run's
     )
 
 
@@ -179,11 +195,6 @@ def cache_need(split: Split, input_size: Sequence[int], *, training: bool) -> fl
     return len(split) * 3 * height * width
 
 
-def _seed_worker(worker: int) -> None:
-    """Give numpy and random, which timm's augmentations use, the worker's own torch seed."""
-    import random
-
-    seed = torch.initial_seed() % 2**32
-    np.random.seed(seed)
-    random.seed(seed)
+def _one_thread(worker: int) -> None:
+    """Workers share the processor among them."""
     torch.set_num_threads(1)

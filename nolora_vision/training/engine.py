@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from nolora_vision.training.consistency import Batch, Objective, Plain
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.order import start_epoch
 from nolora_vision.training.tally import Tally
 
 Batches = Iterable[Sequence[Tensor]]
@@ -61,6 +62,13 @@ class Fit:
     """Of the data set."""
     forward_images: int = 0
     """Images that went through the model in training: more than it has seen where it looks at some twice."""
+
+    def count(self, tally: Tally) -> float:
+        """Add what an epoch took; returns its seconds."""
+        self.train_seconds += tally.seconds
+        self.images_seen += tally.images
+        self.forward_images += tally.passes
+        return tally.seconds
 
     @property
     def images_per_s(self) -> float:
@@ -158,6 +166,7 @@ def fit(
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     for epoch in range(epochs):
         set_training_mode(model)
+        start_epoch(train, epoch)
         progress.start_epoch(epoch, epochs, len(train))  # type: ignore[arg-type]
         tally = Tally(progress, epoch=epoch, processes=accelerator.num_processes)
         for images, labels, *rows in train:
@@ -176,10 +185,7 @@ def fit(
                 if ema is not None:
                     ema.update(bare, step=updates)
         tally.finish()
-        seconds = tally.seconds
-        result.train_seconds += seconds
-        result.images_seen += tally.images
-        result.forward_images += tally.passes
+        seconds = result.count(tally)
         row = {"epoch": epoch + 1, "train_loss": tally.loss, "train_top1_percent": tally.top1_percent}
         if epoch + 1 == epochs or (validate_every and (epoch + 1) % validate_every == 0):
             scores = evaluate(model if ema is None else ema.module, val, accelerator=accelerator)

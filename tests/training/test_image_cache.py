@@ -13,9 +13,9 @@ from PIL import Image
 
 from nolora_vision.training import image_cache
 from nolora_vision.training.data import ImageData, fixed_and_random, load_data, make_loader
-from nolora_vision.training.engine import seed_everything
 from nolora_vision.training.image_cache import ImageCache, cache_budget
 from nolora_vision.training.ingredients import run_loaders
+from nolora_vision.training.order import start_epoch
 from nolora_vision.training.run_config import RunConfig
 
 PREPROCESSING = {
@@ -43,8 +43,11 @@ def photos(tmp_path: Path) -> ImageData:
 
 
 def batches(loader: Any, epochs: int = 3) -> list[torch.Tensor]:
-    seed_everything(5)
-    return [images for _ in range(epochs) for images, _ in loader]
+    found = []
+    for epoch in range(epochs):
+        start_epoch(loader, epoch)
+        found += [images for images, _ in loader]
+    return found
 
 
 def loader_of(data: ImageData, *, training: bool, cache_bytes: int, workers: int = 0) -> Any:

@@ -1,0 +1,66 @@
+"""Order and augmentation of training images: functions of seed, epoch and image alone, whoever loads them.
+
+However many worker processes or machines load, whatever a method draws for its own initialisation, and wherever a run
+goes on after it was stopped: the same seed gives the same batches, bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+ORDER, AUGMENTATION = 0, 1
+"""What the random numbers are for."""
+
+
+class SeededOrder(Sampler[int]):
+    """All images in a new order in each epoch; yields epoch · images + index, so that a worker knows the epoch, too."""
+
+    def __init__(self, images: int, seed: int) -> None:
+        self.images, self.seed, self.epoch = images, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch, from 0, that the next iteration is for."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(number_of(self.seed, ORDER, self.epoch))
+        for index in torch.randperm(self.images, generator=generator).tolist():
+            yield self.epoch * self.images + index
+
+
+def number_of(*facts: int) -> int:
+    """A seed of 32 bits from several numbers, well mixed: neighbours give unrelated ones."""
+    return int(np.random.SeedSequence(facts).generate_state(1)[0])
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Python's, numpy's and torch's random numbers on the processor from this seed; afterwards they are as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def start_epoch(batches: Any, epoch: int) -> None:
+    """Tell a loader, accelerate's or torch's, which epoch comes next, if it wants to know."""
+    for owner in (batches, getattr(batches, "sampler", None)):
+        if hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
+            return
