@@ -8,15 +8,25 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from nolora_vision.training import shelf as shelves
+from nolora_vision.training.ingredients import run_loaders
 from nolora_vision.training.progress import RunsProgress
 from nolora_vision.training.run import run
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.shelf import Shelf
 
 SMALL = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1}
+PREPROCESSING = {
+    "input_size": (3, 8, 8),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 
 
 @pytest.fixture
@@ -75,6 +85,23 @@ def test_decoded_images_are_kept_for_the_next_run(config: RunConfig) -> None:
     assert sorted(cache.kept for cache in caches.values()) == [20, 20]  # digits are decoded already: only evaluation's
     numbers(config, shelf)
     assert len(caches) == 2
+
+
+def test_splits_of_as_many_images_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """Where validation and test are splits of their own and of one size, as those of EuroSAT, their rows are equal."""
+    for part, count in (("train", 6), ("val", 4), ("test", 4)):
+        for i in range(count):
+            (tmp_path / part / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            colour = {"train": "red", "val": "green", "test": "blue"}[part]
+            Image.new("RGB", (9, 9), colour).save(tmp_path / part / f"class{i % 2}" / f"{i}.png")
+    config, shelf = RunConfig(dataset=str(tmp_path), batch_size=4, workers=0, cache_images=1), Shelf()
+    data = shelf.data(config)
+    assert data.val.rows.tobytes() == data.test.rows.tobytes()
+    _, *plain = run_loaders(config, PREPROCESSING, data)
+    _, *shared = run_loaders(config, PREPROCESSING, data, shelf.cache_for)
+    assert len(list(shared[0])) == 1  # validation first, as in a run
+    for a, b in zip(plain, shared, strict=True):
+        assert torch.equal(next(iter(a))[0], next(iter(b))[0])
 
 
 def test_a_run_that_chooses_does_not_look_at_the_test(config: RunConfig) -> None:
