@@ -67,9 +67,10 @@ def loader(
         images,
         batch_size=config.batch_size,
         training=training,
+        no_aug=config.no_aug,
         workers=config.workers,
         seed=config.seed,
-        augmentation={**augmentation, "color_jitter": None} if training else None,
+        augmentation={**augmentation, "color_jitter": None} if training and not config.no_aug else None,
         cache_bytes=cache_bytes,
         make_cache=make_cache,
         with_rows=training and config.consistency_in_use == "previous",
@@ -92,11 +93,12 @@ def run_loaders(
     budget = cache_budget(config.cache_images) if again else 0
     room, loaders = budget // 2, []
     for split, repeated in ((data.val, again), (data.test, cache_for is not None)):
-        taken = int(min(room, cache_need(split, images["input_size"], training=False))) if repeated else 0
+        taken = int(min(room, cache_need(split, images["input_size"], augmented=False))) if repeated else 0
         cache = cache_for(config, split, images) if cache_for else ImageCache
         loaders.append(loader(config, images, split, training=False, cache_bytes=taken, make_cache=cache))
         room, budget = room - taken, budget - taken
-    cache = cache_for(config, data.train, {}) if cache_for else ImageCache  # kept as they are decoded
+    kept_after = images if config.no_aug else {}  # augmented ones are kept as they are decoded
+    cache = cache_for(config, data.train, kept_after) if cache_for else ImageCache
     train = loader(config, images, data.train, training=True, cache_bytes=budget, make_cache=cache)
     return train, *loaders
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -41,6 +42,16 @@ def config(tmp_path: Path) -> RunConfig:
     )  # fmt: skip
 
 
+@pytest.fixture
+def jpegs(tmp_path: Path) -> Path:
+    """Three classes of images that lie on a disk, so that training keeps them decoded, too."""
+    for i in range(48):
+        (tmp_path / "jpegs" / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (20 + i % 5, 30, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "jpegs" / f"class{i % 3}" / f"{i}.jpg")
+    return tmp_path / "jpegs"
+
+
 def numbers(config: RunConfig, shelf: Shelf | None) -> list[dict[str, float]]:
     record = run(config, progress=RunsProgress(1), shelf=shelf, keep=False)
     timing = ("train_seconds", "images_per_s")
@@ -54,6 +65,14 @@ def test_runs_from_a_shelf_are_bit_for_bit_those_without(config: RunConfig) -> N
         for method in ("nolora", "linear"):
             one = replace(config, seed=seed, method=method)
             assert numbers(one, shelf) == numbers(one, None)
+
+
+def test_with_and_without_augmentation_share_no_images(config: RunConfig, jpegs: Path) -> None:
+    shelf, own = Shelf(), replace(config, dataset=str(jpegs), batch_size=8, val_split=0.3, max_train_samples=None)
+    wanted = {no_aug: numbers(replace(own, no_aug=no_aug), None) for no_aug in (False, True)}
+    assert wanted[False] != wanted[True]
+    for no_aug in (False, True, False, True):
+        assert numbers(replace(own, no_aug=no_aug), shelf) == wanted[no_aug]
 
 
 def test_datasets_and_weights_are_loaded_once(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
