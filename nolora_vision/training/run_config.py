@@ -105,6 +105,9 @@ class RunConfig:
     """Training images as evaluation sees them: no random crop, mirroring, erasing; scale and hflip then do nothing."""
     crop_pct: float | None = None
     """Share of the image that evaluation looks at; None takes the dataset's (1 for CIFAR) or else the model's own."""
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    """How evaluation crops: the middle of the image, all of it squashed to a square, or all of it within borders (both
+    at crop_pct 1); None takes the dataset's (squash for VTAB-1k) or else the model's own."""
     image_key: str | None = None
     """Column of the images; None finds it."""
     label_key: str | None = None

@@ -21,6 +21,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         aa="rand-m9-mstd0.5",
         pretrained_path=Path("x.safetensors"),
         vtab_root=Path("vtab"),
+        crop_mode="squash",
         splits=Path("splits.json"),
     )
     path = tmp_path / "c.yaml"
