@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +79,7 @@ def make_run_config(values: Mapping[str, Any], *, owner: str) -> RunConfig:
     """
     problems = [*_unknown(values, RunConfig, ""), *_unknown(values.get("adapter") or {}, AdapterConfig, "adapter.")]
     try:
-        config = TypeAdapter(RunConfig).validate_python(values)
+        config = _validator().validate_python(values)
     except ValidationError as error:
         kinds = {"extra_forbidden", "unexpected_keyword_argument"}
         problems += [_readable(e) for e in error.errors() if e["type"] not in kinds]
@@ -102,6 +103,12 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+@cache
+def _validator() -> TypeAdapter[RunConfig]:
+    """Made once: making it takes as long as a hundred configs, of which a sweep's plan has hundreds."""
+    return TypeAdapter(RunConfig)
 
 
 class _Loader(yaml.SafeLoader):
