@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,21 @@ def make_run_config(values: Mapping[str, Any], *, owner: str) -> RunConfig:
 def dump_run_config(config: RunConfig) -> str:
     """The config as YAML that `-c` reads back to an equal one."""
     return yaml.safe_dump(as_plain(asdict(config)), sort_keys=False)
+
+
+def dump_differences(config: RunConfig, *, also: Sequence[str] = ()) -> str:
+    """What differs from the defaults, and the fields in `also`, as YAML that `-c` reads back to an equal config."""
+    usual, lines = as_plain(asdict(RunConfig())), []
+    for name, value in as_plain(asdict(config)).items():
+        if name not in also and value == usual[name]:
+            continue
+        if name == "adapter":
+            value = {key: item for key, item in value.items() if item != usual[name][key]}
+        if isinstance(value, (dict, list)):
+            lines.append(f"{name}: {yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=math.inf)}")
+        else:
+            lines.append(yaml.safe_dump({name: value}))
+    return "".join(lines)
 
 
 def as_plain(value: Any) -> Any:

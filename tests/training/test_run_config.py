@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nolora_vision import AdapterConfig, ConfigError
-from nolora_vision.training.config_file import dump_run_config, load_run_config, parse_run_config
+from nolora_vision.training.config_file import dump_differences, dump_run_config, load_run_config, parse_run_config
 from nolora_vision.training.run_config import RunConfig
 
 
@@ -27,6 +27,10 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(dump_run_config(config), encoding="utf-8")
     assert load_run_config(path) == config
+    path.write_text(text := dump_differences(config, also=("dataset",)), encoding="utf-8")
+    assert load_run_config(path) == config
+    assert text.startswith("model: test_vit\ndataset: cifar100\nadapter: {rank: 3, targets: [q, v], ")
+    assert dump_differences(RunConfig()) == ""
 
 
 def test_command_line_overrides_yaml_overrides_defaults(tmp_path: Path) -> None:
