@@ -118,7 +118,7 @@ def loading_jobs(
     room = sum(3 * int(np.prod(data.train.table.image(int(row)).size)) for row in data.train.rows)
     for training, split in ((True, data.train), (False, data.val)):
         what = "training loader" if training else "evaluation loader"
-        needed = room if training else int(cache_need(split, preprocessing["input_size"], training=False))
+        needed = room if training else int(cache_need(split, preprocessing["input_size"], augmented=False))
         for count in workers:
             for cached in (False, True):
                 batches = make_loader(

@@ -91,13 +91,17 @@ def set_compute(model: nn.Module, device_type: str, *, amp_dtype: str, frozen_dt
                 module.fused_attn = False  # type: ignore[assignment]
 
 
-def data_config(model: nn.Module, img_size: int | None = None, crop_pct: float | None = None) -> dict[str, Any]:
-    """timm's preprocessing for the model, at another image size or crop if one is given."""
+def data_config(
+    model: nn.Module, img_size: int | None = None, crop_pct: float | None = None, crop_mode: str | None = None
+) -> dict[str, Any]:
+    """timm's preprocessing for the model, at another image size or with another crop if one is given."""
     config = resolve_model_data_config(model)
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
     if crop_pct is not None:
         config["crop_pct"] = crop_pct
+    if crop_mode is not None:
+        config["crop_mode"] = crop_mode
     return config
 
 

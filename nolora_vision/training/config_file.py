@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +80,7 @@ def make_run_config(values: Mapping[str, Any], *, owner: str) -> RunConfig:
     """
     problems = [*_unknown(values, RunConfig, ""), *_unknown(values.get("adapter") or {}, AdapterConfig, "adapter.")]
     try:
-        config = TypeAdapter(RunConfig).validate_python(values)
+        config = _validator().validate_python(values)
     except ValidationError as error:
         kinds = {"extra_forbidden", "unexpected_keyword_argument"}
         problems += [_readable(e) for e in error.errors() if e["type"] not in kinds]
@@ -95,6 +97,21 @@ def dump_run_config(config: RunConfig) -> str:
     return yaml.safe_dump(as_plain(asdict(config)), sort_keys=False)
 
 
+def dump_differences(config: RunConfig, *, also: Sequence[str] = ()) -> str:
+    """What differs from the defaults, and the fields in `also`, as YAML that `-c` reads back to an equal config."""
+    usual, lines = as_plain(asdict(RunConfig())), []
+    for name, value in as_plain(asdict(config)).items():
+        if name not in also and value == usual[name]:
+            continue
+        if name == "adapter":
+            value = {key: item for key, item in value.items() if item != usual[name][key]}
+        if isinstance(value, (dict, list)):
+            lines.append(f"{name}: {yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=math.inf)}")
+        else:
+            lines.append(yaml.safe_dump({name: value}))
+    return "".join(lines)
+
+
 def as_plain(value: Any) -> Any:
     """Tuples as lists and paths as strings, all the way down."""
     if isinstance(value, dict):
@@ -102,6 +119,12 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+@cache
+def _validator() -> TypeAdapter[RunConfig]:
+    """Made once: making it takes as long as a hundred configs, of which a sweep's plan has hundreds."""
+    return TypeAdapter(RunConfig)
 
 
 class _Loader(yaml.SafeLoader):

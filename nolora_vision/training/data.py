@@ -99,7 +99,7 @@ class TransformedImages(Dataset[tuple[Tensor, int] | tuple[Tensor, int, int]]):
     """A split with a transform: index → image (C, H, W) and class, and the index if it is asked for.
 
     With a cache the numbers that come out are the same, bit for bit: before augmentation whole decoded images are kept
-    and never smaller ones, and for evaluation, where nothing is random, the images as they are before normalisation.
+    and never smaller ones; where nothing is random, as in evaluation, the images as they are before normalisation.
 
     Args:
         before: what happens to an image before it is kept.
@@ -140,10 +140,10 @@ class TransformedImages(Dataset[tuple[Tensor, int] | tuple[Tensor, int, int]]):
         return (pixels, label, index) if self.with_rows else (pixels, label)
 
 
-def fixed_and_random(transform: Any, *, training: bool) -> tuple[Compose, Compose]:
+def fixed_and_random(transform: Any, *, augmented: bool) -> tuple[Compose, Compose]:
     """A timm transform in two: what an image may be kept after, and what remains; one after the other they are it."""
     steps = transform.transforms
-    cut = 0 if training else next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+    cut = 0 if augmented else next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
     return Compose(steps[:cut]), Compose(steps[cut:])
 
 
@@ -153,6 +153,7 @@ def make_loader(
     *,
     batch_size: int,
     training: bool,
+    no_aug: bool = False,
     workers: int = 0,
     seed: int = 0,
     augmentation: Mapping[str, Any] | None = None,
@@ -164,16 +165,19 @@ def make_loader(
 
     Args:
         data_config: of `timm.data.resolve_model_data_config`: input_size, mean, std, interpolation, crop_pct.
-        augmentation: further arguments of `timm.data.create_transform`, for training.
+        training: shuffled, and augmented unless no_aug.
+        no_aug: training images as evaluation sees them, where nothing is random.
+        augmentation: further arguments of `timm.data.create_transform`, for augmented images.
         cache_bytes: of images to keep decoded at most, for all workers together; see `TransformedImages`.
         make_cache: (images, bytes) → the cache: a new one, or one that other loaders have filled.
         with_rows: yield (images, labels, indices into the split) instead of (images, labels).
     """
     kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
-    transform = create_transform(**kept, is_training=training, **(augmentation or {}))
-    capacity = int(min(cache_bytes, cache_need(split, kept["input_size"], training=training)))
+    augmented = training and not no_aug
+    transform = create_transform(**kept, is_training=augmented, **(augmentation or {}))
+    capacity = int(min(cache_bytes, cache_need(split, kept["input_size"], augmented=augmented)))
     cache = make_cache(len(split), capacity) if capacity else None
-    parts = fixed_and_random(transform, training=training)
+    parts = fixed_and_random(transform, augmented=augmented)
     return DataLoader(
         TransformedImages(split, *parts, cache, with_rows=with_rows, seed=seed if training else None),
         batch_size=batch_size,
@@ -187,9 +191,9 @@ def make_loader(
     )
 
 
-def cache_need(split: Split, input_size: Sequence[int], *, training: bool) -> float:
+def cache_need(split: Split, input_size: Sequence[int], *, augmented: bool) -> float:
     """Bytes that keeping a whole split takes: not known for images of any size, 0 where they are in memory already."""
-    if training:
+    if augmented:
         return 0 if split.table.in_memory else math.inf
     _, height, width = input_size
     return len(split) * 3 * height * width

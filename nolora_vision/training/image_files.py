@@ -99,8 +99,9 @@ def load_vtab(path: Path) -> tuple[dict[str, Table], dict[str, Any]]:
     names = tuple(map(str, range(classes)))
     tables = {role: files_table(rows, names, VTAB_LISTS[role].removesuffix(".txt")) for role, rows in lists.items()}
     notes = {role: VTAB_LISTS[role] for role in lists}
-    # the whole image is looked at, as in the published results
-    return tables, {"id": f"vtab:{path.name}", "source": "local", "crop_pct": 1.0, "splits": notes}
+    # the whole image is squashed to a square, as in the published results
+    looked_at = {"crop_pct": 1.0, "crop_mode": "squash"}
+    return tables, {"id": f"vtab:{path.name}", "source": "local", **looked_at, "splits": notes}
 
 
 def _read_list(path: Path, name: str) -> list[tuple[str, int]]:

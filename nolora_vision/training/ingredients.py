@@ -11,7 +11,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from nolora_vision.training.backbone import build_model
+from nolora_vision.training.backbone import build_model, data_config
 from nolora_vision.training.consistency import Every, Objective, Plain, Previous, Twice
 from nolora_vision.training.data import ImageData, MakeCache, Split, cache_need, load_data, make_loader
 from nolora_vision.training.image_cache import ImageCache, cache_budget
@@ -51,6 +51,16 @@ def compute_options(config: RunConfig) -> dict[str, str]:
     return {name: getattr(config, name) for name in ("amp_dtype", "frozen_dtype", "fused_attn")}
 
 
+def preprocessing(config: RunConfig, model: nn.Module, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What happens to images before the model: as the config says, or else as is known, or else as timm has it.
+
+    Args:
+        known: crop_pct and crop_mode, as far as the dataset or a saved adapter has its own.
+    """
+    crop_pct, crop_mode = config.crop_pct or known.get("crop_pct"), config.crop_mode or known.get("crop_mode")
+    return data_config(model, config.img_size, crop_pct, crop_mode)
+
+
 def loader(
     config: RunConfig,
     images: Mapping[str, Any],
@@ -67,9 +77,10 @@ def loader(
         images,
         batch_size=config.batch_size,
         training=training,
+        no_aug=config.no_aug,
         workers=config.workers,
         seed=config.seed,
-        augmentation={**augmentation, "color_jitter": None} if training else None,
+        augmentation={**augmentation, "color_jitter": None} if training and not config.no_aug else None,
         cache_bytes=cache_bytes,
         make_cache=make_cache,
         with_rows=training and config.consistency_in_use == "previous",
@@ -85,18 +96,19 @@ def run_loaders(
     """Batches to train on, to validate on and to test; what is looked at again is kept decoded, as there is room.
 
     Args:
-        images: the preprocessing, from `data_config`.
+        images: what `preprocessing` gives.
         cache_for: a shelf's, where further runs will look at the same images.
     """
     again = config.epochs > 1 or cache_for is not None
     budget = cache_budget(config.cache_images) if again else 0
     room, loaders = budget // 2, []
     for split, repeated in ((data.val, again), (data.test, cache_for is not None)):
-        taken = int(min(room, cache_need(split, images["input_size"], training=False))) if repeated else 0
+        taken = int(min(room, cache_need(split, images["input_size"], augmented=False))) if repeated else 0
         cache = cache_for(config, split, images) if cache_for else ImageCache
         loaders.append(loader(config, images, split, training=False, cache_bytes=taken, make_cache=cache))
         room, budget = room - taken, budget - taken
-    cache = cache_for(config, data.train, {}) if cache_for else ImageCache  # kept as they are decoded
+    kept_after = images if config.no_aug else {}  # augmented ones are kept as they are decoded
+    cache = cache_for(config, data.train, kept_after) if cache_for else ImageCache
     train = loader(config, images, data.train, training=True, cache_bytes=budget, make_cache=cache)
     return train, *loaders
 

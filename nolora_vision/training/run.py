@@ -29,7 +29,6 @@ from nolora_vision.config import did_you_mean
 from nolora_vision.methods import apply_method, load_trained
 from nolora_vision.training import outputs
 from nolora_vision.training.backbone import (
-    data_config,
     full_name,
     refuse_wrong_size,
     set_compute,
@@ -59,6 +58,7 @@ from nolora_vision.training.ingredients import (
     make_scheduler,
     mixup_of,
     objective_of,
+    preprocessing,
     run_loaders,
 )
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
@@ -106,7 +106,7 @@ def run(
     seed_everything(config.seed)
     data = shelf.data(config) if shelf else load_config_data(config)
     model = (shelf.model if shelf else build_config_model)(config, len(data.class_names))
-    images = data_config(model, config.img_size, config.crop_pct or data.about.get("crop_pct"))
+    images = preprocessing(config, model, data.about)
     refuse_wrong_size(model, images["input_size"])
     apply_method(model, config.method, config.adapter, options=config.method_options)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
@@ -231,7 +231,7 @@ def run_eval_only(config: RunConfig) -> dict[str, Any]:
     model = load_trained(build_config_model(config, saved["num_classes"]), directory)
     accelerator = make_accelerator(config.amp_dtype)
     set_compute(model, accelerator.device.type, **compute_options(config))
-    images = data_config(model, config.img_size, config.crop_pct or saved["preprocessing"].get("crop_pct"))
+    images = preprocessing(config, model, saved["preprocessing"])
     batches = loader(config, images, data.test, training=False)
     scores = evaluate(*accelerator.prepare(model, batches), accelerator=accelerator)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)

@@ -101,8 +101,13 @@ class RunConfig:
     """timm's AutoAugment policy, such as rand-m9-mstd0.5; None is off."""
     reprob: float = 0.0
     """Probability of erasing a random rectangle."""
+    no_aug: bool = False
+    """Training images as evaluation sees them: no random crop, mirroring, erasing; scale and hflip then do nothing."""
     crop_pct: float | None = None
     """Share of the image that evaluation looks at; None takes the dataset's (1 for CIFAR) or else the model's own."""
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    """How evaluation crops: the middle of the image, all of it squashed to a square, or all of it within borders (both
+    at crop_pct 1); None takes the dataset's (squash for VTAB-1k) or else the model's own."""
     image_key: str | None = None
     """Column of the images; None finds it."""
     label_key: str | None = None
@@ -166,7 +171,7 @@ class RunConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         problems = [*method_problems(self.method, self.method_options), *_range_problems(self)]
-        problems += [*_split_problems(self), *_consistency_problems(self)]
+        problems += [*_split_problems(self), *_augmentation_problems(self), *_consistency_problems(self)]
         if self.eval_only and self.adapter_dir is None:
             problems.append("eval_only needs the adapter to test: --adapter DIR.")
         if self.pretrained_path is not None and self.pretrained_path.suffix != ".safetensors":
@@ -256,6 +261,12 @@ def _split_problems(config: RunConfig) -> Iterable[str]:
         yield f"splits says which images to take, so {' and '.join(draws)} can't: give --splits or that."
     if config.train_on == "train_val" and config.keep_epoch == "best" and not config.eval_only:
         yield "train_on train_val trains on the validation images, so they can't choose an epoch: set keep_epoch last."
+
+
+def _augmentation_problems(config: RunConfig) -> Iterable[str]:
+    asked = [name for name in ("aa", "reprob") if getattr(config, name)]
+    if config.no_aug and asked:  # scale and hflip have defaults, so nobody need have asked for them
+        yield f"no_aug leaves training images alone, so {' and '.join(asked)} can't change them: give one of them."
 
 
 def _consistency_problems(config: RunConfig) -> Iterable[str]:

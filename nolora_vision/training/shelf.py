@@ -42,7 +42,8 @@ class Shelf:
         rest = tuple(sorted((name, str(value)) for name, value in images.items()))
 
         def make(count: int, capacity: int) -> ImageCache:
-            key = (split.rows.tobytes(), count, rest)
+            # Two splits of one size have the same rows; their tables stay alive as long as the caches, with the data.
+            key = (id(split.table), split.rows.tobytes(), count, rest)
             if key not in caches:
                 caches[key] = ImageCache(count, capacity)
             return caches[key]

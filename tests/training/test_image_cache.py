@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
 from nolora_vision.training import image_cache
 from nolora_vision.training.data import ImageData, fixed_and_random, load_data, make_loader
 from nolora_vision.training.image_cache import ImageCache, cache_budget
+from nolora_vision.training.ingredients import loader as make_train_loader
 from nolora_vision.training.ingredients import run_loaders
 from nolora_vision.training.order import start_epoch
 from nolora_vision.training.run_config import RunConfig
@@ -50,25 +52,30 @@ def batches(loader: Any, epochs: int = 3) -> list[torch.Tensor]:
     return found
 
 
-def loader_of(data: ImageData, *, training: bool, cache_bytes: int, workers: int = 0) -> Any:
+def loader_of(data: ImageData, *, training: bool, cache_bytes: int, workers: int = 0, no_aug: bool = False) -> Any:
     return make_loader(
         data.train,
         PREPROCESSING,
         batch_size=8,
         training=training,
+        no_aug=no_aug,
         workers=workers,
         seed=3,
-        augmentation=AUGMENTATION if training else None,
+        augmentation=AUGMENTATION if training and not no_aug else None,
         cache_bytes=cache_bytes,
     )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "kind",
+    [{"training": True}, {"training": True, "no_aug": True}, {"training": False}],
+    ids=["training", "no_aug", "evaluation"],
+)
 @pytest.mark.parametrize("cache_bytes", [10**6, 20000], ids=["all", "some"])
-def test_batches_are_bit_identical(photos: ImageData, training: bool, workers: int, cache_bytes: int) -> None:
-    plain = batches(loader_of(photos, training=training, cache_bytes=0, workers=workers))
-    loader = loader_of(photos, training=training, cache_bytes=cache_bytes, workers=workers)
+def test_batches_are_bit_identical(photos: ImageData, kind: dict, workers: int, cache_bytes: int) -> None:
+    plain = batches(loader_of(photos, **kind, cache_bytes=0, workers=workers))
+    loader = loader_of(photos, **kind, cache_bytes=cache_bytes, workers=workers)
     cached, cache = batches(loader), loader.dataset.cache
     assert all(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
     assert (cache.kept == len(photos.train)) == (cache_bytes == 10**6) and cache.kept > 0
@@ -92,6 +99,21 @@ def test_spawned_workers_share_it(photos: ImageData) -> None:
     assert all(torch.equal(a, b) for a, b in zip(images, plain, strict=True))
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 10**6])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_without_augmentation_training_sees_what_evaluation_sees(
+    photos: ImageData, crop_mode: str, cache_bytes: int
+) -> None:
+    """In another order, in every epoch."""
+    config = RunConfig(no_aug=True, workers=0, batch_size=4, scale=(0.1, 0.2), hflip=1.0)
+    images = {**PREPROCESSING, "crop_mode": crop_mode}
+    transform = create_transform(**images, is_training=False)
+    wanted = sorted(transform(photos.train.table.image(int(row))).numpy().tobytes() for row in photos.train.rows)
+    train = make_train_loader(config, images, photos.train, training=True, cache_bytes=cache_bytes)
+    epochs = [[image.numpy().tobytes() for batch, _ in train for image in batch] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == wanted and epochs[0] != epochs[1]
+
+
 def test_training_keeps_whole_images_and_evaluation_small_ones(photos: ImageData) -> None:
     loader = loader_of(photos, training=True, cache_bytes=10**6)
     batches(loader, 1)
@@ -99,6 +121,9 @@ def test_training_keeps_whole_images_and_evaluation_small_ones(photos: ImageData
     kept = {loader.dataset.cache.image(i, pytest.fail).size for i in range(len(photos.train))}
     assert kept == sizes and len(sizes) > 1
     loader = loader_of(photos, training=False, cache_bytes=10**6)
+    batches(loader, 1)
+    assert loader.dataset.cache.capacity == loader.dataset.cache.bytes_used == len(photos.train) * 3 * 32 * 32
+    loader = loader_of(photos, training=True, no_aug=True, cache_bytes=10**6)
     batches(loader, 1)
     assert loader.dataset.cache.capacity == loader.dataset.cache.bytes_used == len(photos.train) * 3 * 32 * 32
 
@@ -179,10 +204,8 @@ def test_a_run_keeps_only_what_it_sees_again(photos: ImageData) -> None:
 
 
 def test_both_halves_of_a_transform_are_the_whole() -> None:
-    from timm.data import create_transform
-
-    for training, first in ((True, 0), (False, 2)):
-        transform = create_transform((3, 32, 32), is_training=training)
-        before, after = fixed_and_random(transform, training=training)
+    for augmented, first in ((True, 0), (False, 2)):
+        transform = create_transform((3, 32, 32), is_training=augmented)
+        before, after = fixed_and_random(transform, augmented=augmented)
         assert len(before.transforms) == first
         assert before.transforms + after.transforms == transform.transforms

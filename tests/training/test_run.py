@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import nolora_vision
 from nolora_vision.training import run as run_module
 from nolora_vision.training.config_file import load_run_config
 from nolora_vision.training.run import main
+from nolora_vision.training.run_config import RunConfig
 
 SMALL = ["--model", "test_vit", "--dataset", "digits:5-9", "--img-size", "16", "--model-kwargs", "patch_size", "4"]
 SMALL += ["--workers", "0", "--max-train-samples", "64", "--max-eval-samples", "32", "--epochs", "2", "-b", "16"]
@@ -72,7 +74,8 @@ def test_an_adapter_of_a_run_is_rebuilt_with_its_weight_file(
     from nolora_vision.training.backbone import build_model
 
     monkeypatch.chdir(backbone.parent)
-    train(tmp_path, "--pretrained-path", backbone.name, "--crop-pct", "0.75", base=SMALL)
+    crop = ["--crop-pct", "0.75", "--crop-mode", "squash"]
+    train(tmp_path, "--pretrained-path", backbone.name, *crop, base=SMALL)
     monkeypatch.chdir(tmp_path)
     directory = tmp_path / "run" / "adapter"
     model = nolora_vision.from_pretrained(directory)
@@ -81,7 +84,8 @@ def test_an_adapter_of_a_run_is_rebuilt_with_its_weight_file(
     with torch.no_grad():
         assert torch.equal(model(x), nolora_vision.load_adapter(other, directory).eval()(x))
     assert nolora_vision.class_names(model) == tuple("56789")
-    assert nolora_vision.preprocessing_of(model)["crop_pct"] == 0.75
+    images = nolora_vision.preprocessing_of(model)
+    assert (images["crop_pct"], images["crop_mode"]) == (0.75, "squash")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     capsys.readouterr()
     assert nolora_vision_command(["predict", str(directory), str(tmp_path / "red.png")]) == 0
@@ -89,6 +93,23 @@ def test_an_adapter_of_a_run_is_rebuilt_with_its_weight_file(
     train(tmp_path / "scratch", "--epochs", "1")
     with pytest.raises(nolora_vision.AdapterMismatchError, match="trained on a frozen backbone of random weights"):
         nolora_vision.from_pretrained(tmp_path / "scratch" / "run" / "adapter")
+
+
+def test_a_saved_adapter_is_tested_with_its_own_crop(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless another one is asked for; digits have no crop of their own, timm's is the middle."""
+    real, seen = run_module.loader, []
+
+    def spy(config: RunConfig, images: dict, split: Any, **options: Any) -> Any:
+        seen.append(images)
+        return real(config, images, split, **options)
+
+    monkeypatch.setattr(run_module, "loader", spy)
+    train(tmp_path, "--pretrained-path", str(backbone), "--crop-mode", "border", "--epochs", "1", base=SMALL)
+    tested = ["--eval-only", "--adapter", str(tmp_path / "run" / "adapter"), "--dataset", "digits:5-9", "-j", "0"]
+    assert main(tested) == 0 and main([*tested, "--crop-mode", "center"]) == 0
+    assert [images["crop_mode"] for images in seen] == ["border", "center"]
 
 
 def test_pretrained_path_loads_all_but_the_classifier(backbone: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nolora_vision import AdapterConfig, ConfigError
-from nolora_vision.training.config_file import dump_run_config, load_run_config, parse_run_config
+from nolora_vision.training.config_file import dump_differences, dump_run_config, load_run_config, parse_run_config
 from nolora_vision.training.run_config import RunConfig
 
 
@@ -21,20 +21,38 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         aa="rand-m9-mstd0.5",
         pretrained_path=Path("x.safetensors"),
         vtab_root=Path("vtab"),
+        crop_mode="squash",
         splits=Path("splits.json"),
     )
     path = tmp_path / "c.yaml"
     path.write_text(dump_run_config(config), encoding="utf-8")
     assert load_run_config(path) == config
+    path.write_text(text := dump_differences(config, also=("dataset",)), encoding="utf-8")
+    assert load_run_config(path) == config
+    assert text.startswith("model: test_vit\ndataset: cifar100\nadapter: {rank: 3, targets: [q, v], ")
+    assert dump_differences(RunConfig()) == ""
 
 
 def test_command_line_overrides_yaml_overrides_defaults(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("epochs: 3\nlr: 0.01\nadapter: {rank: 2, nonlinearity: tanh}\n", encoding="utf-8")
-    args = ["-c", str(path), "--epochs", "4", "--adapter.rank", "5", "-b", "7", "-j", "0", "--no-pretrained"]
+    args = [
+        "-c",
+        str(path),
+        "--epochs",
+        "4",
+        "--adapter.rank",
+        "5",
+        "-b",
+        "7",
+        "-j",
+        "0",
+        "--no-pretrained",
+        "--no-aug",
+    ]
     config = parse_run_config([*args, "--max_train_samples", "9"])
     assert (config.epochs, config.lr, config.batch_size, config.workers) == (4, 0.01, 7, 0)
-    assert (config.max_train_samples, config.pretrained) == (9, False)
+    assert (config.max_train_samples, config.pretrained, config.no_aug) == (9, False, True)
     assert config.adapter == AdapterConfig(rank=5, nonlinearity="tanh")
 
 
@@ -65,12 +83,21 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
         ({"shots": 0}, "shots must be at least 1, got 0"),
         ({"train_fraction": 0.0}, r"train_fraction must be in \(0, 1\], got 0.0"),
         ({"splits": "a", "shots": 1, "max_eval_samples": 2}, "so shots and max_eval_samples can't: give --splits or"),
+        ({"no_aug": True, "aa": "rand-m9"}, "so aa can't change them: give one of them"),
+        (
+            {"no_aug": True, "aa": "rand-m9", "reprob": 0.1},
+            "no_aug leaves training images alone, so aa and reprob can't change them",
+        ),
         ({"train_on": "train_val"}, "so they can't choose an epoch: set keep_epoch last"),
     ],
 )
 def test_contradictions_about_the_images_are_named(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig(**values)
+
+
+def test_without_augmentation_its_defaults_and_mixes_of_images_stay_allowed() -> None:
+    assert RunConfig(no_aug=True, scale=(0.2, 1.0), hflip=0.1, mixup=0.2, cutmix=0.5).no_aug
 
 
 def test_a_final_run_keeps_the_last_epoch() -> None:

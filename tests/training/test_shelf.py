@@ -5,18 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from nolora_vision.training import shelf as shelves
+from nolora_vision.training.ingredients import run_loaders
 from nolora_vision.training.progress import RunsProgress
 from nolora_vision.training.run import run
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.shelf import Shelf
 
 SMALL = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1}
+PREPROCESSING = {
+    "input_size": (3, 8, 8),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 
 
 @pytest.fixture
@@ -29,6 +40,16 @@ def config(tmp_path: Path) -> RunConfig:
         pretrained_path=tmp_path / "weights.safetensors", max_train_samples=64, max_eval_samples=20, workers=0,
         output=tmp_path,
     )  # fmt: skip
+
+
+@pytest.fixture
+def jpegs(tmp_path: Path) -> Path:
+    """Three classes of images that lie on a disk, so that training keeps them decoded, too."""
+    for i in range(48):
+        (tmp_path / "jpegs" / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (20 + i % 5, 30, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "jpegs" / f"class{i % 3}" / f"{i}.jpg")
+    return tmp_path / "jpegs"
 
 
 def numbers(config: RunConfig, shelf: Shelf | None) -> list[dict[str, float]]:
@@ -44,6 +65,14 @@ def test_runs_from_a_shelf_are_bit_for_bit_those_without(config: RunConfig) -> N
         for method in ("nolora", "linear"):
             one = replace(config, seed=seed, method=method)
             assert numbers(one, shelf) == numbers(one, None)
+
+
+def test_with_and_without_augmentation_share_no_images(config: RunConfig, jpegs: Path) -> None:
+    shelf, own = Shelf(), replace(config, dataset=str(jpegs), batch_size=8, val_split=0.3, max_train_samples=None)
+    wanted = {no_aug: numbers(replace(own, no_aug=no_aug), None) for no_aug in (False, True)}
+    assert wanted[False] != wanted[True]
+    for no_aug in (False, True, False, True):
+        assert numbers(replace(own, no_aug=no_aug), shelf) == wanted[no_aug]
 
 
 def test_datasets_and_weights_are_loaded_once(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +104,23 @@ def test_decoded_images_are_kept_for_the_next_run(config: RunConfig) -> None:
     assert sorted(cache.kept for cache in caches.values()) == [20, 20]  # digits are decoded already: only evaluation's
     numbers(config, shelf)
     assert len(caches) == 2
+
+
+def test_splits_of_as_many_images_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """Where validation and test are splits of their own and of one size, as those of EuroSAT, their rows are equal."""
+    for part, count in (("train", 6), ("val", 4), ("test", 4)):
+        for i in range(count):
+            (tmp_path / part / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            colour = {"train": "red", "val": "green", "test": "blue"}[part]
+            Image.new("RGB", (9, 9), colour).save(tmp_path / part / f"class{i % 2}" / f"{i}.png")
+    config, shelf = RunConfig(dataset=str(tmp_path), batch_size=4, workers=0, cache_images=1), Shelf()
+    data = shelf.data(config)
+    assert data.val.rows.tobytes() == data.test.rows.tobytes()
+    _, *plain = run_loaders(config, PREPROCESSING, data)
+    _, *shared = run_loaders(config, PREPROCESSING, data, shelf.cache_for)
+    assert len(list(shared[0])) == 1  # validation first, as in a run
+    for a, b in zip(plain, shared, strict=True):
+        assert torch.equal(next(iter(a))[0], next(iter(b))[0])
 
 
 def test_a_run_that_chooses_does_not_look_at_the_test(config: RunConfig) -> None:

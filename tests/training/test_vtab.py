@@ -5,11 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from nolora_vision.training import vtab
 from nolora_vision.training.data import load_data
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.ingredients import load_config_data, loader, preprocessing
+from nolora_vision.training.pack import pack
+from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.vtab import VTAB_GROUPS, VTAB_TASKS, vtab_averages
 
 
@@ -54,9 +59,40 @@ def test_a_task_by_name_or_by_its_folder(tmp_path: Path, by_name: bool) -> None:
     folder = make_task(tmp_path)
     data = load_data("vtab:svhn", vtab_root=tmp_path) if by_name else load_data(str(folder))
     assert (len(data.train), len(data.val), len(data.test)) == (20, 10, 30)
-    assert data.about["id"] == "vtab:svhn" and data.about["num_classes"] == 10 and data.about["crop_pct"] == 1.0
+    assert data.about["id"] == "vtab:svhn" and data.about["num_classes"] == 10
+    assert (data.about["crop_pct"], data.about["crop_mode"]) == (1.0, "squash")
     assert data.about["splits"] == {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
     assert data.val.table.image(3).getpixel((0, 0)) == (23, 100, 0) and data.val.labels[3] == 3
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(("crop_mode", "borders"), [(None, True), ("squash", True), ("center", False)])
+def test_the_whole_width_of_an_image_is_looked_at(
+    tmp_path: Path, split: str, crop_mode: str | None, borders: bool
+) -> None:
+    """A green image with a red left and a blue right border, three times as wide as high."""
+    folder = make_task(tmp_path)
+    for file in folder.rglob("*.png"):
+        image = Image.new("RGB", (90, 30), "lime")
+        image.paste("red", (0, 0, 20, 30))
+        image.paste("blue", (70, 0, 90, 30))
+        image.save(file)
+    config = RunConfig(
+        dataset="vtab:svhn", vtab_root=tmp_path, no_aug=True, crop_mode=crop_mode, workers=0, batch_size=4
+    )
+    data, model = load_config_data(config), timm.create_model("test_vit")
+    images = preprocessing(config, model, data.about) | {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    batch, _ = next(iter(loader(config, images, getattr(data, split), training=split == "train")))
+    height, width = batch.shape[2:]
+    middle, sides = batch[:, :, height // 2, width // 2], batch[:, :, height // 2, [3, width - 4]]
+    assert torch.allclose(middle, torch.tensor([0.0, 1.0, 0.0]), atol=0.02)
+    wanted = [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]] if borders else [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    assert torch.allclose(sides, torch.tensor(wanted), atol=0.02)
+
+
+def test_a_packed_task_is_looked_at_in_the_same_way(tmp_path: Path) -> None:
+    about = load_data(str(pack(str(make_task(tmp_path)), tmp_path / "svhn.safetensors"))).about
+    assert (about["id"], about["crop_pct"], about["crop_mode"]) == ("vtab:svhn", 1.0, "squash")
 
 
 def test_the_final_run_trains_on_all_1000(tmp_path: Path) -> None:
