@@ -34,7 +34,7 @@ class Choose:
     seeds: Sequence[int] = (100, 101)
     """Of the runs that choose; none of them is among the seeds that are reported."""
     extend: int = 2
-    """How often the candidates of a method may be extended by one step where its best one is at an edge."""
+    """How often a candidate beyond the best one may be added on each axis at whose edge that is."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,10 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def plan(sweep: Sweep, results: Results) -> tuple[list[Task], list[Choice]]:
-    """The runs that can be done next, in order, and what has been chosen so far."""
+    """The runs that can be done next, in order, and what has been chosen so far.
+
+    What is chosen is tested before more is tried, so that a sweep that is stopped has whole rows.
+    """
     missing: list[Task] = []
     choices: list[Choice] = []
     for cell in sweep.cells():
@@ -154,12 +157,8 @@ def plan(sweep: Sweep, results: Results) -> tuple[list[Task], list[Choice]]:
             missing += [task for task in tasks if task.record_in(results) is None]
             if choice is not None:
                 choices.append(choice)
-    for seed in sweep.seeds:
-        for choice in choices:
-            task = make_task(sweep, choice.label, "final", choice.cell, choice.point, seed)
-            if task.record_in(results) is None:
-                missing.append(task)
-    return missing, choices
+    tests = [make_task(sweep, c.label, "final", c.cell, c.point, seed) for seed in sweep.seeds for c in choices]
+    return [*(task for task in tests if task.record_in(results) is None), *missing], choices
 
 
 def make_task(sweep: Sweep, label: str, phase: Phase, cell: Point, point: Point, seed: int) -> Task:
@@ -184,31 +183,24 @@ def _choosing(sweep: Sweep, label: str, cell: Point, results: Results) -> tuple[
     """All choosing runs of a method in a cell that are due, and the choice once they are done."""
     if sweep.choose is None:
         return [], Choice(label, cell, cell, math.nan, 1, at_edge=False)
-    candidates, tasks = sweep.candidates(label), []
+    values, tasks = sweep.candidates(label), []
+    points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
     for extension in range(sweep.choose.extend + 1):
-        points = [dict(zip(candidates, v, strict=True)) for v in itertools.product(*candidates.values())]
-        due = {
-            tuple(point.values()): [
-                make_task(sweep, label, "choose", cell, {**cell, **point}, seed) for seed in sweep.choose.seeds
-            ]
-            for point in points
-        }
-        tasks = [task for of_point in due.values() for task in of_point]
+        due = [[make_task(sweep, label, "choose", cell, {**cell, **p}, s) for s in sweep.choose.seeds] for p in points]
+        tasks = [task for of_point in due for task in of_point]
         records = {task.name: task.record_in(results) for task in tasks}
         if None in records.values():
             return tasks, None
-        means = {values: statistics.fmean(_score(records[t.name]) for t in ts) for values, ts in due.items()}
-        best = max(means, key=lambda values: means[values])  # of equal ones the first: the smallest rate
-        edges = {
-            axis: value
-            for axis, value in zip(candidates, best, strict=True)
-            if len(candidates[axis]) > 1 and value in (candidates[axis][0], candidates[axis][-1])
-        }
-        if not edges or extension == sweep.choose.extend or means[best] == -math.inf:
-            point = {**cell, **dict(zip(candidates, best, strict=True))}
-            return tasks, Choice(label, cell, point, means[best], len(points), at_edge=bool(edges))
-        for axis, value in edges.items():
-            candidates[axis] = _extended(candidates[axis], value)
+        means = [statistics.fmean(_score(records[task.name]) for task in of_point) for of_point in due]
+        highest = max(means)
+        best = points[means.index(highest)]  # of equal ones the first
+        edges = [axis for axis, tried in values.items() if len(tried) > 1 and best[axis] in (tried[0], tried[-1])]
+        if not edges or extension == sweep.choose.extend or highest == -math.inf:
+            return tasks, Choice(label, cell, {**cell, **best}, highest, len(points), at_edge=bool(edges))
+        for axis in edges:  # beyond the best one only: all others of that value would be lower still, or by chance
+            further = _beyond(values[axis], best[axis])
+            values[axis] = sorted([*values[axis], further])
+            points.append({**best, axis: further})
     raise AssertionError("the last extension returns")
 
 
@@ -218,15 +210,10 @@ def _score(record: Mapping[str, Any] | None) -> float:
     return record["metrics"]["val_top1_percent"] if record["status"] == "done" else -math.inf
 
 
-def _extended(values: Sequence[float], edge: float) -> list[float]:
-    """One more value beyond the edge, by the ratio of the two there."""
-    if edge == values[0]:
-        return [_rounded(values[0] * values[0] / values[1]), *values]
-    return [*values, _rounded(values[-1] * values[-1] / values[-2])]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
+def _beyond(values: Sequence[float], edge: float) -> float:
+    """The next value beyond the edge, by the ratio of the two there."""
+    inner = values[1] if edge == values[0] else values[-2]
+    return float(f"{edge * edge / inner:.3g}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the values

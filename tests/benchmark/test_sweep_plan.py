@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,16 @@ def test_candidates_come_first_and_each_method_has_as_many() -> None:
 def test_the_best_by_validation_is_tested_with_every_seed() -> None:
     ran, choices, _ = finish(make(), lambda task: -abs(math.log2(task.config.lr / 2e-3)))
     final = [(t.label, t.point["lr"], t.seed) for t in ran if t.phase == "final"]
-    assert final == [("lora", 2e-3, 0), ("tanh", 2e-3, 0), ("lora", 2e-3, 1), ("tanh", 2e-3, 1)]
+    assert sorted(final) == [(label, 2e-3, seed) for label in METHODS for seed in (0, 1)]
     assert [(c.trials, c.at_edge) for c in choices] == [(3, False)] * 2
+
+
+def test_what_is_chosen_is_tested_before_more_is_tried() -> None:
+    sweep, results = make(), {}
+    first, _ = plan(sweep, results)
+    results = {task.name: done(task, task.config.lr) for task in first if task.label == "lora"}
+    results |= {task.name: done(task, task.config.lr) for task in plan(sweep, results)[0] if task.label == "lora"}
+    assert [(t.label, t.phase) for t in plan(sweep, results)[0][:3]] == [("lora", "final")] * 2 + [("tanh", "choose")]
 
 
 def test_a_best_one_at_an_edge_extends_the_candidates_so_often_and_says_so() -> None:
@@ -70,8 +78,12 @@ def test_two_axes_are_chosen_together_and_extended_apart() -> None:
     sweep = make(choose=Choose({"lr": [1e-3, 2e-3, 4e-3], "head_lr": [1e-3, 1e-2]}, seeds=[7, 8], extend=1))
     ran, choices, _ = finish(sweep, lambda task: task.config.head_lr - abs(task.config.lr - 2e-3))
     points = {(t.point["lr"], t.point["head_lr"]) for t in ran if t.label == "lora" and t.phase == "choose"}
-    assert points == {(lr, head) for lr in RATES for head in (1e-3, 1e-2, 1e-1)}
-    assert choices[0].point == {"lr": 2e-3, "head_lr": 1e-1} and choices[0].trials == 9
+    assert points == {(lr, head) for lr in RATES for head in (1e-3, 1e-2)} | {(2e-3, 1e-1)}
+    assert choices[0].point == {"lr": 2e-3, "head_lr": 1e-1} and choices[0].trials == 7 and choices[0].at_edge
+    more = replace(sweep, choose=replace(sweep.choose, extend=2))
+    _, choices, _ = finish(more, lambda task: -abs(task.config.head_lr - 1e-1) - abs(task.config.lr - 1e-3))
+    assert choices[0].point == {"lr": 1e-3, "head_lr": 1e-1}  # found at two edges at once, each gone beyond once
+    assert not choices[0].at_edge
 
 
 def test_the_mean_over_the_choosing_seeds_counts() -> None:

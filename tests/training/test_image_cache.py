@@ -110,7 +110,10 @@ def test_without_augmentation_training_sees_what_evaluation_sees(
     transform = create_transform(**images, is_training=False)
     wanted = sorted(transform(photos.train.table.image(int(row))).numpy().tobytes() for row in photos.train.rows)
     train = make_train_loader(config, images, photos.train, training=True, cache_bytes=cache_bytes)
-    epochs = [[image.numpy().tobytes() for batch, _ in train for image in batch] for _ in range(2)]
+    epochs = []
+    for epoch in range(2):
+        start_epoch(train, epoch)
+        epochs.append([image.numpy().tobytes() for batch, _ in train for image in batch])
     assert sorted(epochs[0]) == sorted(epochs[1]) == wanted and epochs[0] != epochs[1]
 
 
