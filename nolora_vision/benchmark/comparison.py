@@ -13,6 +13,7 @@ from typing import Any
 from nolora_vision.benchmark.intervals import Difference, paired
 from nolora_vision.benchmark.published import dataset_title
 from nolora_vision.benchmark.results import ELSEWHERE, Axes, Results, Run
+from nolora_vision.training.run_config import NEUTRAL
 
 RANK = "adapter.rank"
 TRAIN_SIZE = ("max_train_samples", "shots", "train_fraction")
@@ -20,8 +21,8 @@ TRAIN_SIZE = ("max_train_samples", "shots", "train_fraction")
 OF_THE_METHOD = ("method", "peft", "noise", "consistency", "opt_kwargs")
 """Fields of a run's config that are the method itself; all that begins with adapter is, too."""
 OF_THE_MACHINE = (
-    *("output", "experiment", "report_to", "workers", "cache_images", "traceback", "eval_only", "adapter_dir", "seed"),
-    *("pretrained_path", "frozen_dtype", "fused_attn", "torchcompile"),
+    *NEUTRAL,
+    *("eval_only", "adapter_dir", "seed", "pretrained_path", "frozen_dtype", "fused_attn", "torchcompile"),
 )
 """Fields that change no result but by rounding, or that differ between seeds by design."""
 

@@ -14,15 +14,13 @@ from typing import Any, Literal
 
 from nolora_vision.config import ConfigError, did_you_mean
 from nolora_vision.training.config_file import as_plain, make_run_config, read_yaml
-from nolora_vision.training.run_config import RunConfig
+from nolora_vision.training.run_config import NEUTRAL, RunConfig
 
 Point = Mapping[str, Any]
 """Values of axes by their dotted names: `{"lr": 2e-3, "adapter.rank": 8}`."""
 Phase = Literal["choose", "final"]
 Results = Mapping[str, Mapping[str, Any]]
 """Records by the name of their task."""
-NEUTRAL = ("output", "experiment", "report_to", "workers", "cache_images", "traceback")
-"""Fields of RunConfig that change no number of a result."""
 
 
 @dataclass(frozen=True)

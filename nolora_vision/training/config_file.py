@@ -36,11 +36,22 @@ def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     file, rest = tyro.cli(ConfigFile, args=args, return_unknown_args=True, add_help=False)
-    defaults = RunConfig() if file.config is None else load_run_config(file.config)
+    path = file.config or _args_of_the_run(rest)
+    defaults = RunConfig() if path is None else load_run_config(path)
     epilogue = "Defaults from a YAML file: -c FILE, --config FILE."
     return tyro.cli(
         RunConfig, args=rest, default=defaults, prog="train.py", description=f"{RunConfig.__doc__}\n{epilogue}"
     )
+
+
+def _args_of_the_run(args: Sequence[str]) -> Path | None:
+    """The args.yaml of the run that `--resume DIR` names, so that this need be all that is said."""
+    for i, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name == "--resume":
+            path = Path(value or (args[i + 1] if i + 1 < len(args) else "")) / "args.yaml"
+            return path if path.is_file() else None
+    return None
 
 
 def load_run_config(path: Path) -> RunConfig:

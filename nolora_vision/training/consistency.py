@@ -8,7 +8,7 @@ Shapes: `B` images of a batch, `K` classes, `N` images of the data set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -46,10 +46,23 @@ class Objective(Protocol):
     """From a batch to what is to be minimised; some count batches, so each is for one `fit`."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Outcome: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Stateless:
+    """Remembers nothing from batch to batch."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing."""
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Stateless):
     """The cross-entropy of one look at each image."""
 
     loss_function: LossFunction = F.cross_entropy
@@ -61,7 +74,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Twice:
+class Twice(Stateless):
     """Two noisy looks at the first share · B images, in one forward: their cross-entropy and their difference.
 
     loss = mean over all images of the mean cross-entropy of their looks + λ · mean over the images looked at twice of
@@ -101,6 +114,14 @@ class Every:
         self.batches += 1
         return chosen(model, batch)
 
+    def state(self) -> dict[str, Tensor]:
+        """The count of batches."""
+        return {"batches": torch.tensor(self.batches)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Count on from there."""
+        self.batches = int(state["batches"])
+
 
 class Previous:
     """One look at each image, compared with the logits that it had in the epoch before.
@@ -138,6 +159,22 @@ class Previous:
             loss = loss + self.weight * distances.sum() / known.sum().clamp(min=1)
         self.seen.append((batch.rows, logits.detach()))
         return Outcome(loss, logits, len(logits))
+
+    def state(self) -> dict[str, Tensor]:
+        """The logits of the last epoch, and those of this one so far."""
+        found = {"epoch": torch.tensor(self.epoch)}
+        if self.last is not None:
+            found |= {"last_logits": self.last[0], "last_known": self.last[1]}
+        if self.seen:
+            rows, logits = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+            found |= {"seen_rows": rows, "seen_logits": logits}
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with them."""
+        self.epoch = int(state["epoch"])
+        self.last = (state["last_logits"], state["last_known"]) if "last_logits" in state else None
+        self.seen = [(state["seen_rows"], state["seen_logits"])] if "seen_rows" in state else []
 
     def _turn_over(self, epoch: int) -> None:
         """The logits of the epoch that is over, of all processes, become those to compare with."""

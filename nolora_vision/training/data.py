@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,7 +187,7 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         generator=torch.Generator().manual_seed(seed),  # of the workers' own seeds: not drawn from the run's
     )
 
@@ -199,6 +200,8 @@ def cache_need(split: Split, input_size: Sequence[int], *, augmented: bool) -> f
     return len(split) * 3 * height * width
 
 
-def _one_thread(worker: int) -> None:
-    """Workers share the processor among them."""
+def _prepare_worker(worker: int) -> None:
+    """Workers share the processor, and leave it to their run when to stop: a signal to all must not kill them first."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

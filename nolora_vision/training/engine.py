@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nolora_vision.training.consistency import Batch, Objective, Plain
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.order import start_epoch
 from nolora_vision.training.tally import Tally
 
@@ -49,31 +50,26 @@ class Evaluation:
     seconds: float
 
 
-@dataclass
-class Fit:
-    """What training gave: the weights of its best epoch by validation, or of its last one, and its history."""
+class Checkpointer(Protocol):
+    """Who is told how far training is, and may save it, or stop it by an exception."""
 
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = -1
-    best_val_top1_percent: float = -1.0
-    best_state: dict[str, Tensor] = field(default_factory=dict)
-    train_seconds: float = 0.0
-    images_seen: int = 0
-    """Of the data set."""
-    forward_images: int = 0
-    """Images that went through the model in training: more than it has seen where it looks at some twice."""
+    def begin(self) -> tuple[Fit, Mapping[str, float]]: ...
+    def after_step(self, tally: Tally | None) -> None: ...
+    def poll(self) -> None: ...
 
-    def count(self, tally: Tally) -> float:
-        """Add what an epoch took; returns its seconds."""
-        self.train_seconds += tally.seconds
-        self.images_seen += tally.images
-        self.forward_images += tally.passes
-        return tally.seconds
 
-    @property
-    def images_per_s(self) -> float:
-        """Training images per second, validation apart."""
-        return self.images_seen / self.train_seconds if self.train_seconds else 0.0
+class NoCheckpoints:
+    """Starts from the beginning and saves nothing."""
+
+    def begin(self) -> tuple[Fit, Mapping[str, float]]:
+        """A fresh run."""
+        return Fit(), {}
+
+    def after_step(self, tally: Tally | None) -> None:
+        """Nothing."""
+
+    def poll(self) -> None:
+        """Nothing."""
 
 
 def seed_everything(seed: int) -> None:
@@ -102,6 +98,11 @@ def from_main_process(make: Callable[[], T]) -> T:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """What each process has, in their order."""
+    return list(gather_object([own]))
 
 
 def precision_of(amp_dtype: str) -> str:
@@ -147,6 +148,7 @@ def fit(
     ema: Any | None = None,
     keep_epoch: str = "best",
     validate_every: int = 1,
+    checkpointer: Checkpointer | None = None,
 ) -> Fit:
     """Train for some epochs and validate in between; nothing is kept but the trainable weights of one epoch.
 
@@ -158,18 +160,20 @@ def fit(
         ema: a moving average of the bare model with `update(model)` and `.module`, which is validated instead.
         keep_epoch: the best of those that were validated, or the last.
         validate_every: epochs between validations; 0 validates after the last epoch only, which always is.
+        checkpointer: who saves the state of training; None saves nothing.
 
     Raises:
         RunError: if the loss is not finite.
     """
-    result, updates, objective = Fit(), 0, objective or Plain()
+    objective, checkpointer = objective or Plain(), checkpointer or NoCheckpoints()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    for epoch in range(epochs):
+    result, sums = checkpointer.begin()
+    for epoch in range(result.epochs, epochs):
         set_training_mode(model)
-        start_epoch(train, epoch)
+        tally, sums = Tally(progress, epoch=epoch, processes=accelerator.num_processes, sums=sums), {}
+        start_epoch(train, epoch, skip=tally.images)
         progress.start_epoch(epoch, epochs, len(train))  # type: ignore[arg-type]
-        tally = Tally(progress, epoch=epoch, processes=accelerator.num_processes)
-        for images, labels, *rows in train:
+        for images, labels, *rows in train if result.batches < len(train) else ():  # type: ignore[arg-type]
             mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
             with accelerator.accumulate(model):
                 outcome = objective(model, Batch(mixed, targets, rows[0] if rows else None, epoch))
@@ -179,34 +183,46 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad()
             tally.add(outcome, labels, optimizer)
+            result.batches += 1
             if accelerator.sync_gradients:
-                updates += 1
-                scheduler.step_update(updates)
+                result.updates += 1
+                scheduler.step_update(result.updates)
                 if ema is not None:
-                    ema.update(bare, step=updates)
-        tally.finish()
-        seconds = result.count(tally)
+                    ema.update(bare, step=result.updates)
+                checkpointer.after_step(tally)
+        tally.end()
         row = {"epoch": epoch + 1, "train_loss": tally.loss, "train_top1_percent": tally.top1_percent}
         if epoch + 1 == epochs or (validate_every and (epoch + 1) % validate_every == 0):
-            scores = evaluate(model if ema is None else ema.module, val, accelerator=accelerator)
+            judged = model if ema is None else ema.module
+            scores = evaluate(judged, val, accelerator=accelerator, poll=checkpointer.poll)
             row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent}
             if keep_epoch == "last" or scores.top1_percent > result.best_val_top1_percent:
                 result.best_epoch, result.best_val_top1_percent = epoch + 1, scores.top1_percent
                 result.best_state = trained_copy(bare, bare if ema is None else ema.module)
+        seconds = result.end_epoch(tally)
         row |= {"lr": optimizer.param_groups[0]["lr"], "train_seconds": seconds, "images_per_s": tally.images / seconds}
         result.history.append(row)
+        checkpointer.after_step(None)
         progress.end_epoch(row)
         accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch + 1)
     return result
 
 
-def evaluate(model: nn.Module, batches: Batches, *, accelerator: Accelerator) -> Evaluation:
-    """Score a model on a split, each sample once however many processes there are."""
+def evaluate(
+    model: nn.Module, batches: Batches, *, accelerator: Accelerator, poll: Callable[[], None] | None = None
+) -> Evaluation:
+    """Score a model on a split, each sample once however many processes there are.
+
+    Args:
+        poll: called before each batch, as often on every process; may stop it by an exception.
+    """
     model.eval()
     started = time.perf_counter()
     losses, logits_of, labels_of = [], [], []
     with torch.inference_mode():
         for images, labels in batches:
+            if poll is not None:
+                poll()
             with accelerator.autocast():
                 logits = model(images).float()
             loss = F.cross_entropy(logits, labels, reduction="none")

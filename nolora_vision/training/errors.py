@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class RunError(Exception):
     """A run that cannot start or go on, with what was wrong, what was got, and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was told to stop and has saved itself."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        super().__init__()
+        self.number, self.folder = number, folder
 
 
 def hub_advice(what: str, kind: str, error: BaseException, *, instead: str) -> RunError:

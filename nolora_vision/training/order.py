@@ -24,6 +24,8 @@ class SeededOrder(Sampler[int]):
 
     def __init__(self, images: int, seed: int) -> None:
         self.images, self.seed, self.epoch = images, seed, 0
+        self.skip = {0: 0}
+        """How many images of an epoch are done already."""
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch, from 0, that the next iteration is for."""
@@ -34,7 +36,7 @@ class SeededOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(number_of(self.seed, ORDER, self.epoch))
-        for index in torch.randperm(self.images, generator=generator).tolist():
+        for index in torch.randperm(self.images, generator=generator).tolist()[self.skip.get(self.epoch, 0) :]:
             yield self.epoch * self.images + index
 
 
@@ -58,9 +60,24 @@ def drawing_from(seed: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def start_epoch(batches: Any, epoch: int) -> None:
-    """Tell a loader, accelerate's or torch's, which epoch comes next, if it wants to know."""
+def start_epoch(batches: Any, epoch: int, *, skip: int = 0) -> None:
+    """Tell a loader, accelerate's or torch's, which epoch comes next, if it wants to know.
+
+    Args:
+        skip: images of it that were seen before the run was stopped, by all processes.
+    """
+    order = _order_of(batches)
+    if order is not None:
+        order.skip = {epoch: skip}
     for owner in (batches, getattr(batches, "sampler", None)):
-        if hasattr(owner, "set_epoch"):
+        if owner is not None and hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
             return
+
+
+def _order_of(batches: Any) -> SeededOrder | None:
+    """The order that a loader takes its images in, under accelerate's wrappers; None if it has another."""
+    sampler = getattr(batches, "batch_sampler", None)
+    while sampler is not None and not isinstance(sampler, SeededOrder):
+        sampler = getattr(sampler, "batch_sampler" if hasattr(sampler, "batch_sampler") else "sampler", None)
+    return sampler

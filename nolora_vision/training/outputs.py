@@ -18,8 +18,9 @@ from nolora_vision.adapters.checkpoint import adapter_bytes
 from nolora_vision.training import figures
 from nolora_vision.training.config_file import as_plain, dump_run_config
 from nolora_vision.training.data import ImageData
-from nolora_vision.training.engine import Evaluation, Fit
+from nolora_vision.training.engine import Evaluation
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.progress import print_table
 from nolora_vision.training.record import environment, peak_memory, write_atomic, write_record
 from nolora_vision.training.run_config import RunConfig
@@ -92,6 +93,7 @@ def make_record(
             "total": counts.total_params,
         },
         "config": as_plain(asdict(config)),
+        **({"resumed_at_updates": result.resumed_at} if result.resumed_at else {}),
         "environment": environment(),
     }
 

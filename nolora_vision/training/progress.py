@@ -40,7 +40,7 @@ class LiveProgress:
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
         """An epoch of so many steps begins."""
         self.epochs = epochs
-        self.bar.update(self.task, total=epochs * steps, epoch=f"{epoch + 1}/{epochs}")
+        self.bar.update(self.task, total=epochs * steps, completed=epoch * steps, epoch=f"{epoch + 1}/{epochs}")
 
     def step(self, *, loss: float, top1: float, images_per_s: float) -> None:
         """One batch is done; loss and top-1 are the epoch's means so far."""

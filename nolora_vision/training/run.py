@@ -34,11 +34,12 @@ from nolora_vision.training.backbone import (
     set_compute,
     training_mode,
 )
+from nolora_vision.training.checkpoints import remove_checkpoints
 from nolora_vision.training.config_file import as_plain, parse_run_config
 from nolora_vision.training.data import ImageData
 from nolora_vision.training.engine import (
     Evaluation,
-    Fit,
+    NoCheckpoints,
     Progress,
     evaluate,
     fit,
@@ -49,7 +50,8 @@ from nolora_vision.training.engine import (
     restore,
     seed_everything,
 )
-from nolora_vision.training.errors import RunError
+from nolora_vision.training.errors import Interrupted, RunError
+from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.ingredients import (
     build_config_model,
     compute_options,
@@ -62,15 +64,24 @@ from nolora_vision.training.ingredients import (
     run_loaders,
 )
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
+from nolora_vision.training.resume import finished_record, folder_to_resume
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.shelf import Shelf
+from nolora_vision.training.snapshot import Snapshot
+from nolora_vision.training.stopping import Checkpointer, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after one message about what the user can mend."""
+    """The command: 0; 2 after one message about what the user can mend; 130 or 143 if it was told to stop."""
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
     try:
-        run(parse_run_config(argv))
+        run(parse_run_config(argv), checkpoints=True)
+    except Interrupted as stopped:
+        print(f"Stopped and saved. Go on: python train.py --resume {stopped.folder}", file=sys.stderr)
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        print("Stopped at once; nothing was saved since the last checkpoint, if there is one.", file=sys.stderr)
+        return 130
     except (ConfigError, RunError, InjectionError, CheckpointError) as error:
         if show_traceback:
             raise
@@ -86,6 +97,7 @@ def run(
     shelf: Shelf | None = None,
     keep: bool = True,
     score_test: bool = True,
+    checkpoints: bool = False,
 ) -> dict[str, Any]:
     """Train and test as the config says; returns the record that also lies in the run's folder.
 
@@ -94,14 +106,20 @@ def run(
         shelf: what runs before this one have loaded already.
         keep: whether to leave a folder with record, adapter and pictures; only a run that is tested does.
         score_test: whether to look at the test images at all; runs that are compared to choose something must not.
+        checkpoints: save the state of training now and then and on SIGTERM or SIGINT; needs `keep`.
 
     Raises:
+        Interrupted: after saving, if it was told to stop.
         RunError: if something the user can mend is wrong; nothing is written before data and model are there.
     """
     if config.eval_only:
         return run_eval_only(config)
     config = config.resolved()
     refuse_unusable(config)
+    old = from_main_process(lambda: folder_to_resume(config))
+    if old is not None and (done := finished_record(old)) is not None:
+        print(f"{old} is done already; its record.json says how it went.")
+        return {**done, "folder": str(old)}
     started = time.perf_counter()
     seed_everything(config.seed)
     data = shelf.data(config) if shelf else load_config_data(config)
@@ -112,14 +130,16 @@ def run(
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
     size, folder = images["input_size"][-1], None
     if keep and score_test:
-        folder = Path(from_main_process(lambda: str(outputs.make_folder(config, name, size))))
+        folder = old or from_main_process(lambda: outputs.make_folder(config, name, size))
     loaders = run_loaders(config, images, data, shelf and shelf.cache_for)
     watched = progress or LiveProgress()
-    result, test = train_and_test(config, data, loaders, model, folder, watched, score_test=score_test)
+    options = {"score_test": score_test, "checkpoints": checkpoints and folder is not None}
+    result, test = train_and_test(config, data, loaders, model, folder, watched, **options)
     seconds = time.perf_counter() - started
     record = outputs.make_record(config, data, model, result, test, name=name, seconds=seconds)
     if folder is not None and test is not None and on_main_process():
         outputs.save_outputs(folder, record, data, images, model, result, test)
+        remove_checkpoints(folder)
         if progress is None:
             outputs.show(record, folder)
     return {**record, "folder": folder and str(folder), "history": result.history}
@@ -174,11 +194,13 @@ def train_and_test(
     progress: Progress,
     *,
     score_test: bool = True,
+    checkpoints: bool = False,
 ) -> tuple[Fit, Evaluation | None]:
     """Fit, go back to the epoch to keep, and score the test split once, or not at all.
 
     Args:
         loaders: of `run_loaders`: training, validation, test.
+        checkpoints: save the state in the folder, and go on from there if it holds any.
     """
     accelerator = make_run_accelerator(config, folder)
     set_compute(model, accelerator.device.type, **compute_options(config))
@@ -189,8 +211,10 @@ def train_and_test(
     ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
     runnable = torch.compile(model) if config.torchcompile else model
     runnable, optimizer, train, val = accelerator.prepare(runnable, optimizer, train, val)
-    mixup = mixup_of(config, len(data.class_names))
-    with progress if on_main_process() else Silence() as told:
+    objective = objective_of(config, images=len(data.train), gather=accelerator.gather)
+    snapshot = Snapshot(model, optimizer, objective, ema=ema, accelerator=accelerator)
+    with StopRequest(listen=checkpoints) as stop, progress if on_main_process() else Silence() as told:
+        keeper = make_checkpointer(config, folder, snapshot, stop) if checkpoints and folder else NoCheckpoints()
         result = fit(
             runnable,
             optimizer,
@@ -201,20 +225,33 @@ def train_and_test(
             epochs=config.epochs,
             progress=told,
             set_training_mode=training_mode,
-            objective=objective_of(config, images=len(data.train), gather=accelerator.gather),
-            mixup=mixup,
+            objective=objective,
+            mixup=mixup_of(config, len(data.class_names)),
             clip_grad=config.clip_grad,
             ema=ema,
             keep_epoch=config.keep_epoch,
             validate_every=config.validate_every,
+            checkpointer=keeper,
         )
-    restore(model, result.best_state)
-    scores = None
-    if score_test:
-        scores = evaluate(runnable, accelerator.prepare(test), accelerator=accelerator)
-        accelerator.log({"test_top1_percent": scores.top1_percent}, step=config.epochs)
+        restore(model, result.best_state)
+        scores = None
+        if score_test:
+            scores = evaluate(runnable, accelerator.prepare(test), accelerator=accelerator, poll=keeper.poll)
+            accelerator.log({"test_top1_percent": scores.top1_percent}, step=config.epochs)
     accelerator.end_training()
     return result, scores
+
+
+def make_checkpointer(config: RunConfig, folder: Path, snapshot: Snapshot, stop: StopRequest) -> Checkpointer:
+    """Who saves a run as its config says."""
+    return Checkpointer(
+        folder,
+        snapshot,
+        stop,
+        steps=config.checkpoint_steps,
+        minutes=config.checkpoint_minutes,
+        keep=config.keep_checkpoints,
+    )
 
 
 def run_eval_only(config: RunConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import ConfigDict
 
-from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
-from nolora_vision.methods.catalogue import METHODS, method_problems
+from nolora_vision.config import AdapterConfig, ConfigError
+from nolora_vision.methods.catalogue import METHODS
+from nolora_vision.training.run_checks import problems_of
 
 Short = tyro.conf.arg
 
@@ -159,6 +160,16 @@ class RunConfig:
     """Name of the run's folder; None makes one of time, model and size."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics also go."""
+    resume: str | None = None
+    """Go on with a run that was stopped: its folder, or auto: the one of this config in output, if there is any."""
+    resume_changed: bool = False
+    """Go on though the config is another one now."""
+    checkpoint_minutes: float | None = 10.0
+    """Minutes of training between checkpoints; None makes none by time. A run that is told to stop makes one, too."""
+    checkpoint_steps: int | None = None
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of them are kept; when the run is done they go."""
     eval_only: bool = False
     """Only test a saved adapter."""
     adapter_dir: Annotated[Path | None, Short(name="adapter-dir", aliases=["--adapter"])] = None
@@ -170,21 +181,7 @@ class RunConfig:
         for name in ("output", "pretrained_path", "vtab_root", "splits"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        problems = [*method_problems(self.method, self.method_options), *_range_problems(self)]
-        problems += [*_split_problems(self), *_augmentation_problems(self), *_consistency_problems(self)]
-        if self.eval_only and self.adapter_dir is None:
-            problems.append("eval_only needs the adapter to test: --adapter DIR.")
-        if self.pretrained_path is not None and self.pretrained_path.suffix != ".safetensors":
-            problems.append(f"pretrained_path must be a .safetensors file, got {self.pretrained_path}.")
-        if self.adapter_dir is not None and not self.eval_only:
-            problems.append("--adapter DIR is for --eval-only; without it a fresh adapter is trained.")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            problems.append(f"mixup and cutmix need an even batch_size, got {self.batch_size}.")
-        if self.warmup_epochs > self.epochs:
-            problems.append(f"warmup_epochs ({self.warmup_epochs:g}) is longer than epochs ({self.epochs}).")
-        if self.scale[0] > self.scale[1]:
-            problems.append(f"scale must be (smallest, largest), got {self.scale}.")
-        if problems:
+        if problems := list(problems_of(self)):
             raise ConfigError("RunConfig", problems)
 
     @property
@@ -215,82 +212,8 @@ class RunConfig:
         )
 
 
-CONSISTENCY_MODES = ("twice", "previous", "part", "every")
-MODULATED_METHODS = ("nolora", "lora", "aurora")
-"""Methods whose adapters take modulation_noise."""
-DROPOUT_KWARGS = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-"""timm's arguments that make a model in training noisy."""
-
-_AT_LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "img_size"), 1),
-    **dict.fromkeys(("max_train_samples", "max_eval_samples", "shots"), 1),
-    **dict.fromkeys(("lr", "head_lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix"), 0),
-    **dict.fromkeys(("workers", "seed", "consistency", "validate_every"), 0),
-    "consistency_every": 1,
-}
-_FRACTIONS = ("consistency_fraction", "smoothing", "drop_path", "model_ema_decay", "hflip", "reprob", "val_split")
-
-
-def _range_problems(config: RunConfig) -> Iterable[str]:
-    for name, least in _AT_LEAST.items():
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            yield f"{name} must be at least {least}, got {value}."
-    for name in _FRACTIONS:
-        value = getattr(config, name)
-        if not 0 <= value <= 1:
-            yield f"{name} must be between 0 and 1, got {value}."
-    if isinstance(config.cache_images, int) and config.cache_images < 1:
-        yield f"cache_images must be auto, none or at least 1 MiB, got {config.cache_images}."
-    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
-        yield f"crop_pct must be in (0, 1], got {config.crop_pct}."
-    if config.train_fraction is not None and not 0 < config.train_fraction <= 1:
-        yield f"train_fraction must be in (0, 1], got {config.train_fraction}."
-    for value in config.scale:
-        if not 0 < value <= 1:
-            yield f"scale must be fractions of the image in (0, 1], got {value}."
-
-
-def _split_problems(config: RunConfig) -> Iterable[str]:
-    draws = [name for name in ("max_train_samples", "shots", "train_fraction") if getattr(config, name) is not None]
-    if len(draws) > 1:
-        yield f"{' and '.join(draws)} each choose the training images: give one of them."
-    if config.max_eval_samples is not None:
-        draws.append("max_eval_samples")
-    if config.splits is not None and draws:
-        yield f"splits says which images to take, so {' and '.join(draws)} can't: give --splits or that."
-    if config.train_on == "train_val" and config.keep_epoch == "best" and not config.eval_only:
-        yield "train_on train_val trains on the validation images, so they can't choose an epoch: set keep_epoch last."
-
-
-def _augmentation_problems(config: RunConfig) -> Iterable[str]:
-    asked = [name for name in ("aa", "reprob") if getattr(config, name)]
-    if config.no_aug and asked:  # scale and hflip have defaults, so nobody need have asked for them
-        yield f"no_aug leaves training images alone, so {' and '.join(asked)} can't change them: give one of them."
-
-
-def _consistency_problems(config: RunConfig) -> Iterable[str]:
-    mode, method = config.consistency_in_use, config.method
-    if config.consistency_mode not in (None, *CONSISTENCY_MODES):
-        hint = did_you_mean(str(config.consistency_mode), CONSISTENCY_MODES)
-        yield f"consistency_mode must be one of {', '.join(CONSISTENCY_MODES)}, got {config.consistency_mode!r}.{hint}"
-    if config.consistency_fraction == 0:
-        yield "consistency_fraction is 0, so nothing would be looked at twice; leave consistency off instead."
-    if mode is None:
-        return
-    if method in MODULATED_METHODS and not config.adapter.modulation_noise:
-        yield (
-            f"consistency of {method} needs noise on v, or both looks are the same: set adapter.modulation_noise, 0.5 "
-            f"for example."
-        )
-    dropped = config.drop_path or any(config.model_kwargs.get(name) for name in DROPOUT_KWARGS)
-    if method not in MODULATED_METHODS and not dropped:
-        yield (
-            f"consistency of {method} needs another source of noise, as it has no v, or both looks are the same: set "
-            f"drop_path, or drop_rate in model_kwargs, or leave consistency off."
-        )
-    if mode == "previous" and (config.mixup or config.cutmix):
-        yield (
-            "consistency_mode previous does not go with mixup or cutmix, which mix an image with another one in each "
-            "epoch. Turn them off, or take twice, part or every, whose copies share the mix."
-        )
+NEUTRAL = (
+    *("output", "experiment", "report_to", "workers", "cache_images", "traceback", "resume", "resume_changed"),
+    *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
+)
+"""Fields that change no number of a result."""

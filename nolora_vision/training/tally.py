@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -43,14 +44,27 @@ class Tally:
     Args:
         epoch: counted from 0.
         processes: each of them sees as many images.
+        sums: of an epoch that was stopped in the middle, to go on with.
     """
 
-    def __init__(self, listener: Listener, *, epoch: int, processes: int) -> None:
+    SUMS = ("steps", "read", "passes", "total", "right")
+
+    def __init__(
+        self, listener: Listener, *, epoch: int, processes: int, sums: Mapping[str, float] | None = None
+    ) -> None:
         self.listener, self.epoch, self.processes = listener, epoch, processes
-        self.started = time.perf_counter()
+        self.started, self.ended = time.perf_counter(), 0.0
         self.steps = self.read = self.passes = 0
         self.total = self.right = 0.0
         self.pending: tuple[Numbers, int, str] | None = None
+        if sums:
+            self.started -= sums["seconds"]
+            vars(self).update({name: sums[name] for name in self.SUMS})
+
+    def sums(self) -> dict[str, float]:
+        """What another tally of the same epoch can go on with, exactly; reads what is still on its way."""
+        self.finish()
+        return {**{name: getattr(self, name) for name in self.SUMS}, "seconds": self.seconds}
 
     def add(self, outcome: Outcome, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Note a step whose work is queued, after reading the one before.
@@ -101,5 +115,14 @@ class Tally:
 
     @property
     def seconds(self) -> float:
-        """Since the epoch began."""
-        return time.perf_counter() - self.started
+        """Since the epoch began, until its last batch was read."""
+        return (self.ended or time.perf_counter()) - self.started
+
+    def end(self) -> None:
+        """The epoch's batches are done: what comes now is not of its time.
+
+        Raises:
+            RunError: if the last loss is not finite.
+        """
+        self.finish()
+        self.ended = time.perf_counter()

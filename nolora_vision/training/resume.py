@@ -1,0 +1,71 @@
+"""Which run `--resume` goes on with, and whether the config is still the one that it began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nolora_vision.config import ConfigError
+from nolora_vision.training.checkpoints import has_checkpoint
+from nolora_vision.training.config_file import as_plain, load_run_config
+from nolora_vision.training.errors import RunError
+from nolora_vision.training.run_config import NEUTRAL, RunConfig
+
+ARGS, RECORD = "args.yaml", "record.json"
+
+
+def folder_to_resume(config: RunConfig) -> Path | None:
+    """The folder of the run to go on with; None: there is none, so a new one starts.
+
+    Raises:
+        RunError: if the folder that was named is none of a run, or is of one with another config.
+    """
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        return _named(Path(config.resume), config)
+    if config.experiment is not None:
+        folder = config.output / config.experiment
+        return _named(folder, config) if (folder / ARGS).is_file() else None
+    folders = [path.parent for path in config.output.glob(f"*/{ARGS}")]
+    for folder in sorted(folders, key=lambda f: (f / ARGS).stat().st_mtime, reverse=True):
+        if not (folder / RECORD).exists() and has_checkpoint(folder) and not _differences(folder, config):
+            return folder
+    return None
+
+
+def finished_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a run that is done; None if it is not."""
+    return json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).exists() else None
+
+
+def _named(folder: Path, config: RunConfig) -> Path:
+    if not (folder / ARGS).is_file():
+        raise RunError(f"--resume {folder}: no folder of a run, which holds {ARGS}. Give auto or a run's own folder.")
+    differences = _differences(folder, config)
+    if differences and not config.resume_changed:
+        raise RunError(
+            f"{folder} was begun with another config:\n  "
+            + "\n  ".join(differences)
+            + "\nGive the same values, or --resume-changed to go on with the new ones."
+        )
+    return folder
+
+
+def _differences(folder: Path, config: RunConfig) -> list[str]:
+    """A line for each field that decides about results and is another one now."""
+    try:
+        then = load_run_config(folder / ARGS).resolved()
+    except ConfigError as error:
+        return [f"its {ARGS} cannot be read any more: {error}"]
+    before, now = (_flat(as_plain(asdict(c))) for c in (then, config.resolved()))
+    changed = [name for name in now if name.split(".")[0] not in NEUTRAL and before.get(name) != now[name]]
+    return [f"{name}: {before.get(name)} then, {now[name]} now" for name in changed]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    adapter = {f"adapter.{name}": value for name, value in values["adapter"].items()}
+    return {**{name: value for name, value in values.items() if name != "adapter"}, **adapter}
