@@ -25,7 +25,7 @@ FLOORS = {
 }
 LEAVES = {
     "nolora_vision.config",
-    *(f"nolora_vision.training.{name}" for name in ("record", "errors", "registry", "table", "vtab")),
+    *(f"nolora_vision.training.{name}" for name in ("record", "errors", "neutral", "registry", "table", "vtab")),
 }
 ROOMS = {
     "accelerate": {"training/engine.py"},

@@ -13,7 +13,7 @@ from typing import Any
 from nolora_vision.benchmark.intervals import Difference, paired
 from nolora_vision.benchmark.published import dataset_title
 from nolora_vision.benchmark.results import ELSEWHERE, Axes, Results, Run
-from nolora_vision.training.run_config import NEUTRAL
+from nolora_vision.training.neutral import NEUTRAL
 
 RANK = "adapter.rank"
 TRAIN_SIZE = ("max_train_samples", "shots", "train_fraction")

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from nolora_vision.config import ConfigError, did_you_mean
 from nolora_vision.training.config_file import as_plain, make_run_config, read_yaml
-from nolora_vision.training.run_config import NEUTRAL, RunConfig
+from nolora_vision.training.neutral import NEUTRAL
+from nolora_vision.training.run_config import RunConfig
 
 Point = Mapping[str, Any]
 """Values of axes by their dotted names: `{"lr": 2e-3, "adapter.rank": 8}`."""

@@ -72,6 +72,9 @@ class NoCheckpoints:
         """Nothing."""
 
 
+PLAIN, NO_CHECKPOINTS = Plain(), NoCheckpoints()
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's random numbers, on every device."""
     set_seed(seed)
@@ -142,31 +145,30 @@ def fit(
     epochs: int,
     progress: Progress,
     set_training_mode: Callable[[nn.Module], None],
-    objective: Objective | None = None,
+    objective: Objective = PLAIN,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     clip_grad: float | None = None,
     ema: Any | None = None,
     keep_epoch: str = "best",
     validate_every: int = 1,
-    checkpointer: Checkpointer | None = None,
+    checkpointer: Checkpointer = NO_CHECKPOINTS,
 ) -> Fit:
     """Train for some epochs and validate in between; nothing is kept but the trainable weights of one epoch.
 
     Args:
         scheduler: with `step_update(updates)`, once for each optimizer step, as timm's.
         set_training_mode: puts the bare model in training mode.
-        objective: what a step minimises, see `consistency.py`; None is the cross-entropy.
         mixup: of timm, on a batch and its labels.
         ema: a moving average of the bare model with `update(model)` and `.module`, which is validated instead.
         keep_epoch: the best of those that were validated, or the last.
         validate_every: epochs between validations; 0 validates after the last epoch only, which always is.
-        checkpointer: who saves the state of training; None saves nothing.
+        checkpointer: who saves the state of training.
 
     Raises:
         RunError: if the loss is not finite.
     """
-    objective, checkpointer = objective or Plain(), checkpointer or NoCheckpoints()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    judged, source = (model, bare) if ema is None else (ema.module, ema.module)
     result, sums = checkpointer.begin()
     for epoch in range(result.epochs, epochs):
         set_training_mode(model)
@@ -193,18 +195,14 @@ def fit(
         tally.end()
         row = {"epoch": epoch + 1, "train_loss": tally.loss, "train_top1_percent": tally.top1_percent}
         if epoch + 1 == epochs or (validate_every and (epoch + 1) % validate_every == 0):
-            judged = model if ema is None else ema.module
             scores = evaluate(judged, val, accelerator=accelerator, poll=checkpointer.poll)
             row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent}
             if keep_epoch == "last" or scores.top1_percent > result.best_val_top1_percent:
-                result.best_epoch, result.best_val_top1_percent = epoch + 1, scores.top1_percent
-                result.best_state = trained_copy(bare, bare if ema is None else ema.module)
-        seconds = result.end_epoch(tally)
-        row |= {"lr": optimizer.param_groups[0]["lr"], "train_seconds": seconds, "images_per_s": tally.images / seconds}
-        result.history.append(row)
+                result.keep(scores.top1_percent, trained_copy(bare, source))
+        result.end_epoch(tally, row | {"lr": optimizer.param_groups[0]["lr"]})
         checkpointer.after_step(None)
-        progress.end_epoch(row)
-        accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch + 1)
+        progress.end_epoch(result.history[-1])
+        accelerator.log({k: v for k, v in result.history[-1].items() if k != "epoch"}, step=epoch + 1)
     return result
 
 

@@ -33,13 +33,17 @@ class Fit:
     resumed_at: list[int] = field(default_factory=list)
     """The optimizer steps at which the run was stopped and went on."""
 
-    def end_epoch(self, tally: Tally) -> float:
-        """Count an epoch whose batches are done; returns the seconds that they took."""
+    def keep(self, val_top1_percent: float, state: dict[str, Tensor]) -> None:
+        """Take the weights of the epoch that is being ended as the best ones so far."""
+        self.best_epoch, self.best_val_top1_percent, self.best_state = self.epochs + 1, val_top1_percent, state
+
+    def end_epoch(self, tally: Tally, row: dict[str, float]) -> None:
+        """Count an epoch whose batches are done, and what is said of it."""
         self.train_seconds += tally.seconds
         self.images_seen += tally.images
         self.forward_images += tally.passes
         self.epochs, self.batches = self.epochs + 1, 0
-        return tally.seconds
+        self.history.append({**row, "train_seconds": tally.seconds, "images_per_s": tally.images / tally.seconds})
 
     @property
     def images_per_s(self) -> float:

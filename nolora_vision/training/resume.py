@@ -12,7 +12,8 @@ from nolora_vision.config import ConfigError
 from nolora_vision.training.checkpoints import has_checkpoint
 from nolora_vision.training.config_file import as_plain, load_run_config
 from nolora_vision.training.errors import RunError
-from nolora_vision.training.run_config import NEUTRAL, RunConfig
+from nolora_vision.training.neutral import NEUTRAL
+from nolora_vision.training.run_config import RunConfig
 
 ARGS, RECORD = "args.yaml", "record.json"
 
@@ -38,8 +39,11 @@ def folder_to_resume(config: RunConfig) -> Path | None:
 
 
 def finished_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a run that is done; None if it is not."""
-    return json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).exists() else None
+    """The record of a run that is done, which is said; None if it is not."""
+    if not (folder / RECORD).exists():
+        return None
+    print(f"{folder} is done already; its {RECORD} says how it went.")
+    return {**json.loads((folder / RECORD).read_text(encoding="utf-8")), "folder": str(folder)}
 
 
 def _named(folder: Path, config: RunConfig) -> Path:

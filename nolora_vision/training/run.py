@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from nolora_vision import (
     CheckpointError,
     ConfigError,
     InjectionError,
-    param_groups,
     read_adapter_config,
 )
 from nolora_vision.adapters.hub import find_adapter
@@ -63,6 +61,7 @@ from nolora_vision.training.ingredients import (
     preprocessing,
     run_loaders,
 )
+from nolora_vision.training.prepare import prepare
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
 from nolora_vision.training.resume import finished_record, folder_to_resume
 from nolora_vision.training.run_config import RunConfig
@@ -118,8 +117,7 @@ def run(
     refuse_unusable(config)
     old = from_main_process(lambda: folder_to_resume(config))
     if old is not None and (done := finished_record(old)) is not None:
-        print(f"{old} is done already; its record.json says how it went.")
-        return {**done, "folder": str(old)}
+        return done
     started = time.perf_counter()
     seed_everything(config.seed)
     data = shelf.data(config) if shelf else load_config_data(config)
@@ -132,11 +130,9 @@ def run(
     if keep and score_test:
         folder = old or from_main_process(lambda: outputs.make_folder(config, name, size))
     loaders = run_loaders(config, images, data, shelf and shelf.cache_for)
-    watched = progress or LiveProgress()
     options = {"score_test": score_test, "checkpoints": checkpoints and folder is not None}
-    result, test = train_and_test(config, data, loaders, model, folder, watched, **options)
-    seconds = time.perf_counter() - started
-    record = outputs.make_record(config, data, model, result, test, name=name, seconds=seconds)
+    result, test = train_and_test(config, data, loaders, model, folder, progress or LiveProgress(), **options)
+    record = outputs.make_record(config, data, model, result, test, name=name, seconds=time.perf_counter() - started)
     if folder is not None and test is not None and on_main_process():
         outputs.save_outputs(folder, record, data, images, model, result, test)
         remove_checkpoints(folder)
@@ -168,13 +164,6 @@ def refuse_unusable(config: RunConfig) -> None:
             raise RunError(f"--{field} {getattr(config, field)}: {str(error).rstrip('.')}.{hint}") from error
 
 
-def make_optimizer(config: RunConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-    """timm's; Adam's step as one call for all parameters: an adapted ViT has 200 small ones."""
-    fused = config.opt in ("adam", "adamw") and config.amp_dtype != "float16"  # its gradients need unscaling first
-    options: dict[str, Any] = {"fused": True} if fused else {}
-    return create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
-
-
 def make_run_accelerator(config: RunConfig, folder: Path | None) -> Any:
     """accelerate's view of the machine for a run, its trackers begun."""
     accelerator = make_accelerator(
@@ -203,24 +192,17 @@ def train_and_test(
         checkpoints: save the state in the folder, and go on from there if it holds any.
     """
     accelerator = make_run_accelerator(config, folder)
-    set_compute(model, accelerator.device.type, **compute_options(config))
-    groups = param_groups(model, lr=config.lr or 0.0, head_lr=config.head_lr, weight_decay=config.weight_decay)
-    optimizer = make_optimizer(config, groups)
-    train, val, test = loaders
-    scheduler = make_scheduler(config, optimizer, batches=len(train) // accelerator.num_processes)
-    ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
-    runnable = torch.compile(model) if config.torchcompile else model
-    runnable, optimizer, train, val = accelerator.prepare(runnable, optimizer, train, val)
+    parts = prepare(config, model, loaders, accelerator)
     objective = objective_of(config, images=len(data.train), gather=accelerator.gather)
-    snapshot = Snapshot(model, optimizer, objective, ema=ema, accelerator=accelerator)
+    snapshot = Snapshot(model, parts.optimizer, objective, ema=parts.ema, accelerator=accelerator)
     with StopRequest(listen=checkpoints) as stop, progress if on_main_process() else Silence() as told:
         keeper = make_checkpointer(config, folder, snapshot, stop) if checkpoints and folder else NoCheckpoints()
         result = fit(
-            runnable,
-            optimizer,
-            scheduler,
-            train,
-            val,
+            parts.model,
+            parts.optimizer,
+            parts.scheduler,
+            parts.train,
+            parts.val,
             accelerator=accelerator,
             epochs=config.epochs,
             progress=told,
@@ -228,7 +210,7 @@ def train_and_test(
             objective=objective,
             mixup=mixup_of(config, len(data.class_names)),
             clip_grad=config.clip_grad,
-            ema=ema,
+            ema=parts.ema,
             keep_epoch=config.keep_epoch,
             validate_every=config.validate_every,
             checkpointer=keeper,
@@ -236,7 +218,7 @@ def train_and_test(
         restore(model, result.best_state)
         scores = None
         if score_test:
-            scores = evaluate(runnable, accelerator.prepare(test), accelerator=accelerator, poll=keeper.poll)
+            scores = evaluate(parts.model, parts.test, accelerator=accelerator, poll=keeper.poll)
             accelerator.log({"test_top1_percent": scores.top1_percent}, step=config.epochs)
     accelerator.end_training()
     return result, scores

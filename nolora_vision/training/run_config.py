@@ -210,10 +210,3 @@ class RunConfig:
             img_size=self.img_size or img_size,
             model_kwargs=self.model_kwargs or kwargs,
         )
-
-
-NEUTRAL = (
-    *("output", "experiment", "report_to", "workers", "cache_images", "traceback", "resume", "resume_changed"),
-    *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
-)
-"""Fields that change no number of a result."""
