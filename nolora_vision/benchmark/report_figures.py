@@ -34,6 +34,8 @@ LABEL_SIZE, LABEL_GAP = 8.5, 11.0
 OUTLYING = 1.5
 """A curve that ends up so many times the others' range below them is named at the edge, not drawn: it would flatten all
 others."""
+DEEP = 4.0
+"""A point is shown if it lies no more than so many points, or times their range, below the lowest of the best ones."""
 
 
 def matplotlib_installed() -> bool:
@@ -94,6 +96,8 @@ def curves_figure(panels: Sequence[Panel], look: Look, *, xlabel: str, ylabel: s
             for curve in drawn[-1]:
                 _draw_curve(axis, curve, look)
             _set_scale(axis, [point.x for curve in drawn[-1] for point in curve.points], scale)
+            if (bottom := floor_of(drawn[-1])) is not None:
+                axis.set_ylim(bottom=bottom)
             axis.set_title(panel.title, wrap=True)
             axis.set(xlabel=xlabel, ylabel=ylabel)
             for i, curve in enumerate(low):
@@ -104,6 +108,13 @@ def curves_figure(panels: Sequence[Panel], look: Look, *, xlabel: str, ylabel: s
         for axis, curves in zip(axes, drawn, strict=True):
             _label_ends(axis, curves, look)
     return figure
+
+
+def floor_of(curves: Sequence[Curve]) -> float | None:
+    """Where the axis ends below, as a run that failed to learn would flatten all else; None: nothing is that low."""
+    best = [max(point.mean for point in curve.points) for curve in curves]
+    floor = min(best) - max(DEEP * (max(best) - min(best)), DEEP)
+    return floor if any(point.mean < floor for curve in curves for point in curve.points) else None
 
 
 def far_below(curves: Sequence[Curve]) -> list[Curve]:
@@ -131,21 +142,23 @@ def _draw_curve(axis: Any, curve: Curve, look: Look) -> None:
 
 
 def _set_scale(axis: Any, xs: Sequence[float], scale: str) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(x for x in (*xs, *[1.0] * (not any(xs))) if x > 0), max(*xs, 1e-12)
     if scale == "parameters" and min(xs) <= 0:
         axis.set_xscale("symlog", linthresh=low / 2, linscale=0.5)
     else:
         axis.set_xscale("log", base=2 if scale == "log2" else 10)
-        room = (high / low) ** 0.08 if high > low else 2
+        room = max((high / low) ** 0.08, 1.6 if scale == "parameters" else 1.0) if high > low else 2
         axis.set_xlim(low / room, high * room)
     axis.set_xlim(right=high * (max(high / low, 10) ** 0.45))  # the labels stand there
+    axis.xaxis.set_minor_locator(NullLocator())  # its labels would be formulas, which are not parsed here
     if scale == "parameters" or len(set(xs)) > 8:
+        if axis.get_xscale() == "log" and high < 30 * low:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count(x)))
     else:
         axis.set_xticks(sorted(set(xs)), [f"{x:g}" if x < 1000 else f"{x:,.0f}" for x in sorted(set(xs))])
-        axis.xaxis.set_minor_locator(NullLocator())
 
 
 def _count(x: float) -> str:
@@ -158,7 +171,9 @@ def _count(x: float) -> str:
 def _label_ends(axis: Any, curves: Sequence[Curve], look: Look) -> None:
     """Each curve's name right of its end; where ends are close, the names stand in one column, in their order."""
     point = axis.figure.dpi / 72
-    places = ((axis.transData.transform((c.points[-1].x, c.points[-1].mean)), c.label) for c in curves)
+    bottom = axis.get_ylim()[0]
+    last = {c.label: next(p for p in reversed(c.points) if p.mean >= bottom) for c in curves}
+    places = ((axis.transData.transform((p.x, p.mean)), label) for label, p in last.items())
     ends = sorted((float(x), float(y), label) for (x, y), label in places)
     columns: list[list[tuple[float, float, str]]] = []
     for end in ends:

@@ -76,7 +76,8 @@ def _figures_of_model(cells: Sequence[Comparison], look: report_figures.Look, ax
         if panels := curves.by_learning_rate(cells, axis):
             words = axis.replace("_", " ")
             caption = (
-                f"Choose phase, the other chosen axes at their best for each {words}; a ring marks the best. {SEEDS}"
+                f"Choose phase, the other chosen axes at their best for each {words}; a ring marks the best; "
+                f"a line that leaves the figure goes on below it. {SEEDS}"
             )
             labels = {"xlabel": words, "ylabel": "validation top-1 (%)", "scale": "log10"}
             figure = report_figures.curves_figure(panels, look, **labels)

@@ -228,7 +228,7 @@ def _once(runs: Sequence[Run], warnings: list[str]) -> Iterator[Run]:
     for group in same.values():
         kept = next((run for run in group if run.error is None), group[0])
         for run in group:
-            if run is not kept:
+            if run is not kept and run.record != kept.record:
                 there = f"{kept.sweep.folder.name}/runs/{kept.key}.json"
                 warnings.append(f"{run.sweep.folder / 'runs' / run.key}.json: skipped: the same run as {there}")
         yield kept

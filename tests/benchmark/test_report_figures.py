@@ -12,9 +12,9 @@ from torch import nn
 
 from nolora_vision import adapter_parameters, inject, save_adapter
 from nolora_vision.benchmark import curves, learned
-from nolora_vision.benchmark.curves import Curve, Point
+from nolora_vision.benchmark.curves import Curve, Panel, Point
 from nolora_vision.benchmark.report_content import Report, build_report
-from nolora_vision.benchmark.report_figures import far_below, save_figure, spread
+from nolora_vision.benchmark.report_figures import Look, curves_figure, far_below, floor_of, save_figure, spread
 from nolora_vision.benchmark.report_pictures import figures_of, learned_functions
 from nolora_vision.benchmark.results import read_results
 from tests.benchmark.sweep_files import SweepFiles
@@ -112,6 +112,33 @@ def test_only_outliers_below_three_others_are_left_out() -> None:
     low = curve("low", 70)
     assert far_below([*top, low]) == [low] and far_below([*top, curve("near", 78)]) == []
     assert far_below([*top[:2], low]) == [] and far_below(top) == []
+
+
+def test_a_run_that_failed_to_learn_does_not_flatten_the_others() -> None:
+    def curve(label: str, *means: float) -> Curve:
+        return Curve(label, tuple(Point(10.0**i, (mean,)) for i, mean in enumerate(means)))
+
+    usual = curve("a", 80, 82, 79)
+    assert floor_of([usual, curve("b", 81, 84, 20)]) == 82 - 4 * 2
+    assert floor_of([usual]) is None and floor_of([usual, curve("b", 81, 82, 78.5)]) is None
+    panel = Panel("", (usual, curve("b", 81, 84, 20)))
+    figure = curves_figure([panel], Look(("a", "b")), xlabel="x", ylabel="y", scale="log10")
+    axis = figure.axes[0]
+    assert axis.get_ylim()[0] == 74 and {text.get_text() for text in axis.texts} == {"a", "b"}
+    heights = {text.get_text(): text.xy[1] for text in axis.texts}
+    assert heights == pytest.approx({"a": 79, "b": 84})  # each at the last of its points that can be seen
+
+
+def test_numbers_of_parameters_close_to_each_other_have_readable_ticks() -> None:
+    curves = tuple(Curve(name, (Point(x, (80.0,)),)) for name, x in (("a", 258048.0), ("b", 260928.0)))
+    look = {"xlabel": "x", "ylabel": "y", "scale": "parameters"}
+    axis = curves_figure([Panel("", curves)], Look(("a", "b")), **look).axes[0]
+    axis.figure.draw_without_rendering()
+    low, high = axis.get_xlim()
+    shown = [
+        t.get_text() for t in axis.get_xticklabels(which="both") if t.get_text() and low < t.get_position()[0] < high
+    ]
+    assert shown == ["200 k", "500 k"]
 
 
 def test_figures_are_files_and_svg(report: Report, tmp_path: Path) -> None:

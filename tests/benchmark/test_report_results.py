@@ -146,6 +146,13 @@ def test_the_same_run_of_two_folders_counts_once(tmp_path: Path) -> None:
     results = read_results([tmp_path / "a", tmp_path / "b"])
     assert {run.seed: run.test for run in results.runs if run.error is None} == {0: 80.0, 1: 81.0}
     assert any("skipped: the same run as a/runs/" in line for line in results.warnings)
+
+
+def test_a_copied_run_is_no_cause_for_a_warning(tmp_path: Path) -> None:
+    for name in "ab":
+        SweepFiles(tmp_path / name).done("lora", 1, test=81.0, lr=0.1)
+    results = read_results([tmp_path / "a", tmp_path / "b"])
+    assert len(results.runs) == 1 and not results.warnings
     assert "baseline is 'lora', as in a; others name linear" in results.warnings
 
 
