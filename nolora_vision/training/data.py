@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
 
+from nolora_vision.training.bad_images import readable, shared_images
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.image_cache import ImageCache
+from nolora_vision.training.label_checks import label_warnings, refuse_classes
 from nolora_vision.training.order import AUGMENTATION, SeededOrder, drawing_from, number_of
 from nolora_vision.training.sources import load_tables
 from nolora_vision.training.split_file import describe_splits, read_split_file
@@ -59,11 +61,15 @@ def load_data(
     revision: str | None = None,
     test_split: str | None = None,
     vtab_root: Path | None = None,
+    on_bad_image: Literal["raise", "skip"] = "raise",
+    check_shared: Literal["auto", "always", "never"] = "auto",
 ) -> ImageData:
     """Load a dataset and split it. Splits are fixed; only the training subset depends on the seed.
 
     Args:
         splits: a split file, which says all rows; then nothing is drawn.
+        on_bad_image: raise when one is met, or read all beforehand and leave out those that cannot be read.
+        check_shared: whether to look for images that training and test share; auto: if there are not too many.
 
     Raises:
         RunError: if it cannot be loaded, or a split is empty.
@@ -79,14 +85,26 @@ def load_data(
         chosen |= {role: subset(chosen[role], max_eval_samples, SPLIT_SEED) for role in ("val", "test")}
     else:
         chosen, notes = read_split_file(splits, tables, about["id"])
+    skipped: dict[str, list[str]] = {}
+    if on_bad_image == "skip":
+        chosen, skipped = _without_bad_images(chosen)
     for split, role in (("training", "train"), ("validation", "val"), ("test", "test")):
         if not len(chosen[role]):
             raise RunError(f"The {split} split of {name} is empty. Check the dataset, or choose another --val-split.")
+    refuse_classes(chosen, name)
+    shared = () if check_shared == "never" else shared_images(chosen, always=check_shared == "always")
+    about = {**about, "warnings": [*label_warnings(chosen), *shared], "skipped_images": skipped}
     file = describe_splits(about["id"], chosen, notes)
     train = chosen["train"] if train_on == "train" else both(chosen["train"], chosen["val"])
     held_out, names = train_on == "train", tables["train"].class_names
     about = {**about, **_facts(tables, train, chosen), "splits": notes, "val_held_out": held_out}
     return ImageData(train, chosen["val"], chosen["test"], names, about, file, held_out)
+
+
+def _without_bad_images(chosen: Mapping[str, Split]) -> tuple[dict[str, Split], dict[str, list[str]]]:
+    found = {role: readable(split) for role, split in chosen.items()}
+    skipped = {role: problems for role, (_, problems) in found.items() if problems}
+    return {role: good for role, (good, _) in found.items()}, skipped
 
 
 def _facts(tables: Mapping[str, Table], train: Split, chosen: Mapping[str, Split]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub.errors import RevisionNotFoundError
 from PIL import Image
 
-from nolora_vision.training.errors import RunError, hub_advice
+from nolora_vision.training.errors import LEAVE_OUT, ImageError, RunError, hub_advice
 from nolora_vision.training.images import as_rgb
+from nolora_vision.training.label_checks import refuse_labels
 from nolora_vision.training.registry import REGISTRY
 from nolora_vision.training.split_names import choose_splits, role_of
 from nolora_vision.training.table import Table
@@ -132,20 +133,28 @@ def tables_of(
         if key not in features:
             columns = ", ".join(features)
             raise RunError(f"{where} has no {what} column {key!r}. Columns: {columns}. Choose with --{what}-key.")
+    for role, rows in chosen.items():
+        refuse_labels(list(rows[label_key]), names[role], where)
     classes = _class_names(chosen, label_key)
-    return {role: _table(rows, image_key, label_key, classes, names[role]) for role, rows in chosen.items()}
+    return {role: _table(rows, image_key, label_key, classes, names[role], where) for role, rows in chosen.items()}
 
 
-def _table(rows: Any, image_key: str, label_key: str, class_names: tuple[str, ...], name: str) -> Table:
+def _table(rows: Any, image_key: str, label_key: str, class_names: tuple[str, ...], name: str, where: str) -> Table:
     values = list(rows[label_key])
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [ids[str(value)] if not isinstance(value, int) else value for value in values]
     encoded = partial(_bytes_of_row, rows, image_key)
-    return Table(partial(_read_row, rows, image_key), labels, class_names, name=name, encoded=encoded)
+    return Table(partial(_read_row, rows, image_key, name, where), labels, class_names, name=name, encoded=encoded)
 
 
-def _read_row(rows: Any, image_key: str, i: int) -> Image.Image:
-    return as_rgb(rows[i][image_key])
+def _read_row(rows: Any, image_key: str, split: str, where: str, i: int) -> Image.Image:
+    try:
+        return as_rgb(rows[i][image_key])
+    except Exception as error:  # the library's decoders raise many kinds for damaged images; None is an absent one
+        reason = "there is none" if isinstance(error, AttributeError) else f"{type(error).__name__}: {error}"
+        raise ImageError(
+            f"The image in row {i} of split {split} of {where} cannot be read: {reason}. {LEAVE_OUT}"
+        ) from error
 
 
 def _bytes_of_row(rows: Any, image_key: str, i: int) -> bytes | None:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from nolora_vision.config import did_you_mean
-from nolora_vision.training.errors import RunError
+from nolora_vision.training.errors import LEAVE_OUT, ImageError, RunError
 from nolora_vision.training.images import UnreadableImageError, read_image
 from nolora_vision.training.split_names import choose_splits, no_such_split, role_of
 from nolora_vision.training.table import Table
@@ -36,7 +36,7 @@ def image_folder(path: Path, test_split: str | None = None) -> dict[str, Table]:
         folders = {role: children[name] for role, name in roles.items()}
     elif test_split is not None:
         raise no_such_split(str(path), test_split, [])
-    tables = {}
+    tables: dict[str, Table] = {}
     for role, folder in folders.items():
         try:
             found = ImageFolder(str(folder))
@@ -46,8 +46,26 @@ def image_folder(path: Path, test_split: str | None = None) -> dict[str, Table]:
                 f"its folders train, val and test ({error})."
             ) from error
         name = "train" if folder == path else folder.name
-        tables[role] = files_table(found.samples, tuple(found.classes), name)
+        samples, classes = found.samples, tuple(found.classes)
+        if "train" in tables:  # the same class may be another number in each of torchvision's folders
+            samples, classes = (
+                _renumbered(samples, classes, tables["train"].class_names, folder),
+                tables["train"].class_names,
+            )
+        tables[role] = files_table(samples, classes, name)
     return tables
+
+
+def _renumbered(
+    samples: Sequence[tuple[str, int]], own: Sequence[str], names: Sequence[str], folder: Path
+) -> list[tuple[str, int]]:
+    """Samples with the training split's numbers of their classes."""
+    if unknown := [name for name in own if name not in names]:
+        raise RunError(
+            f"{folder} has classes that the training folder has not: {', '.join(unknown)}. Wanted folders named as "
+            f"there: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}."
+        )
+    return [(file, names.index(own[label])) for file, label in samples]
 
 
 def files_table(samples: Sequence[tuple[str, int]], class_names: tuple[str, ...], name: str) -> Table:
@@ -124,7 +142,7 @@ def _read_file(files: Sequence[str], i: int) -> Image.Image:
     try:
         return read_image(files[i])
     except UnreadableImageError as error:
-        raise RunError(f"The image {files[i]} cannot be read: {error}. Mend it or take it out.") from error
+        raise ImageError(f"The image {files[i]} cannot be read: {error}. {LEAVE_OUT}") from error
 
 
 def _bytes_of_file(files: Sequence[str], i: int) -> bytes:

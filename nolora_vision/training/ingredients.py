@@ -19,7 +19,7 @@ from nolora_vision.training.run_config import RunConfig
 
 SUBSET_FIELDS = (
     *("seed", "val_split", "max_train_samples", "max_eval_samples", "shots", "train_fraction", "train_on", "splits"),
-    *("image_key", "label_key", "revision", "test_split", "vtab_root"),
+    *("image_key", "label_key", "revision", "test_split", "vtab_root", "on_bad_image", "check_shared"),
 )
 DATA_FIELDS = ("dataset", *SUBSET_FIELDS)
 """Fields of RunConfig that decide which images a run sees."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -24,6 +25,9 @@ from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.progress import print_table
 from nolora_vision.training.record import environment, peak_memory, write_atomic, write_record
 from nolora_vision.training.run_config import RunConfig
+
+MOST_SHOWN = 10
+"""Images left out that the terminal names."""
 
 
 def make_folder(config: RunConfig, model_name: str, size: int) -> Path:
@@ -48,6 +52,18 @@ def make_folder(config: RunConfig, model_name: str, size: int) -> Path:
         write_atomic(folder / "args.yaml", dump_run_config(config))
         return folder
     raise RunError(f"{config.output / stem} and its numbered successors exist already. Choose another --experiment.")
+
+
+def warn(data: ImageData) -> None:
+    """Say what is odd about the images, before anything is trained on them."""
+    for warning in data.about["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    for split, problems in data.about["skipped_images"].items():
+        print(f"warning: {len(problems)} images of the {split} split are left out:", file=sys.stderr)
+        for problem in problems[:MOST_SHOWN]:
+            print(f"  {problem}", file=sys.stderr)
+        if len(problems) > MOST_SHOWN:
+            print(f"  … and {len(problems) - MOST_SHOWN} more; record.json lists all.", file=sys.stderr)
 
 
 def make_record(

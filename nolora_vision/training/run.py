@@ -121,6 +121,8 @@ def run(
     started = time.perf_counter()
     seed_everything(config.seed)
     data = shelf.data(config) if shelf else load_config_data(config)
+    if progress is None and on_main_process():
+        outputs.warn(data)
     model = (shelf.model if shelf else build_config_model)(config, len(data.class_names))
     images = preprocessing(config, model, data.about)
     refuse_wrong_size(model, images["input_size"])

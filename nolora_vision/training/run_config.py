@@ -119,6 +119,10 @@ class RunConfig:
     """The dataset's own name of the split to test on, such as contrast of cars; None takes its test split."""
     vtab_root: Path | None = None
     """Folder with VTAB-1k's tasks, for vtab:TASK: each with train800.txt, val200.txt, test.txt and its images."""
+    on_bad_image: Literal["raise", "skip"] = "raise"
+    """An image that cannot be read ends the run; or all are read beforehand, and the record lists those left out."""
+    check_shared: Literal["auto", "always", "never"] = "auto"
+    """Warn of images that training and test share, byte for byte; auto: where there are at most 10,000."""
     val_split: float = 0.1
     """Share of the training images held out where the dataset has no validation split."""
     max_train_samples: int | None = None

@@ -146,13 +146,6 @@ def test_the_same_run_of_two_folders_counts_once(tmp_path: Path) -> None:
     results = read_results([tmp_path / "a", tmp_path / "b"])
     assert {run.seed: run.test for run in results.runs if run.error is None} == {0: 80.0, 1: 81.0}
     assert any("skipped: the same run as a/runs/" in line for line in results.warnings)
-
-
-def test_a_copied_run_is_no_cause_for_a_warning(tmp_path: Path) -> None:
-    for name in "ab":
-        SweepFiles(tmp_path / name).done("lora", 1, test=81.0, lr=0.1)
-    results = read_results([tmp_path / "a", tmp_path / "b"])
-    assert len(results.runs) == 1 and not results.warnings
     assert "baseline is 'lora', as in a; others name linear" in results.warnings
 
 
@@ -191,3 +184,10 @@ def test_datasets_and_models_of_the_grid_are_no_conditions(tmp_path: Path) -> No
         (Cell(dataset, MODEL, ()), ["lora", "dora", "gate"]) for dataset in (CIFAR10, EIGHT_SETS["DTD"])
     ]
     assert [len(c.outcomes[0].tests) for c in comparisons] == [2, 2]
+
+
+def test_a_copied_run_is_no_cause_for_a_warning(tmp_path: Path) -> None:
+    for name in "ab":
+        SweepFiles(tmp_path / name).done("lora", 1, test=81.0, lr=0.1)
+    results = read_results([tmp_path / "a", tmp_path / "b"])
+    assert len(results.runs) == 1 and not results.warnings
