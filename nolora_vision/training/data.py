@@ -85,20 +85,23 @@ def load_data(
         chosen |= {role: subset(chosen[role], max_eval_samples, SPLIT_SEED) for role in ("val", "test")}
     else:
         chosen, notes = read_split_file(splits, tables, about["id"])
-    skipped: dict[str, list[str]] = {}
-    if on_bad_image == "skip":
-        chosen, skipped = _without_bad_images(chosen)
+    chosen, skipped = _without_bad_images(chosen) if on_bad_image == "skip" else (chosen, {})
     for split, role in (("training", "train"), ("validation", "val"), ("test", "test")):
         if not len(chosen[role]):
             raise RunError(f"The {split} split of {name} is empty. Check the dataset, or choose another --val-split.")
-    refuse_classes(chosen, name)
-    shared = () if check_shared == "never" else shared_images(chosen, always=check_shared == "always")
-    about = {**about, "warnings": [*label_warnings(chosen), *shared], "skipped_images": skipped}
+    about = {**about, "warnings": _checked(chosen, name, check_shared), "skipped_images": skipped}
     file = describe_splits(about["id"], chosen, notes)
     train = chosen["train"] if train_on == "train" else both(chosen["train"], chosen["val"])
     held_out, names = train_on == "train", tables["train"].class_names
     about = {**about, **_facts(tables, train, chosen), "splits": notes, "val_held_out": held_out}
     return ImageData(train, chosen["val"], chosen["test"], names, about, file, held_out)
+
+
+def _checked(chosen: Mapping[str, Split], name: str, check_shared: str) -> list[str]:
+    """What is odd about labels and images; what is unusable is refused."""
+    refuse_classes(chosen, name)
+    shared = () if check_shared == "never" else shared_images(chosen, always=check_shared == "always")
+    return [*label_warnings(chosen), *shared]
 
 
 def _without_bad_images(chosen: Mapping[str, Split]) -> tuple[dict[str, Split], dict[str, list[str]]]:
@@ -219,7 +222,6 @@ def cache_need(split: Split, input_size: Sequence[int], *, augmented: bool) -> f
 
 
 def _prepare_worker(worker: int) -> None:
-    """Workers share the processor, and leave it to their run when to stop: a signal to all must not kill them first."""
+    """Workers share the processor, and leave it to their run what Ctrl-C does."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -37,7 +37,7 @@ def image_folder(path: Path, test_split: str | None = None) -> dict[str, Table]:
     elif test_split is not None:
         raise no_such_split(str(path), test_split, [])
     tables: dict[str, Table] = {}
-    for role, folder in folders.items():
+    for role, folder in sorted(folders.items(), key=lambda item: item[0] != "train"):
         try:
             found = ImageFolder(str(folder))
         except FileNotFoundError as error:
@@ -48,10 +48,8 @@ def image_folder(path: Path, test_split: str | None = None) -> dict[str, Table]:
         name = "train" if folder == path else folder.name
         samples, classes = found.samples, tuple(found.classes)
         if "train" in tables:  # the same class may be another number in each of torchvision's folders
-            samples, classes = (
-                _renumbered(samples, classes, tables["train"].class_names, folder),
-                tables["train"].class_names,
-            )
+            names = tables["train"].class_names
+            samples, classes = _renumbered(samples, classes, names, folder), names
         tables[role] = files_table(samples, classes, name)
     return tables
 

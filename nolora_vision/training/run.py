@@ -67,7 +67,7 @@ from nolora_vision.training.resume import finished_record, folder_to_resume
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.shelf import Shelf
 from nolora_vision.training.snapshot import Snapshot
-from nolora_vision.training.stopping import Checkpointer, StopRequest
+from nolora_vision.training.stopping import Checkpointer, StopRequest, saved_if_stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,10 +120,7 @@ def run(
         return done
     started = time.perf_counter()
     seed_everything(config.seed)
-    data = shelf.data(config) if shelf else load_config_data(config)
-    if progress is None and on_main_process():
-        outputs.warn(data)
-    model = (shelf.model if shelf else build_config_model)(config, len(data.class_names))
+    data, model = load(config, shelf, quiet=progress is not None)
     images = preprocessing(config, model, data.about)
     refuse_wrong_size(model, images["input_size"])
     apply_method(model, config.method, config.adapter, options=config.method_options)
@@ -141,6 +138,14 @@ def run(
         if progress is None:
             outputs.show(record, folder)
     return {**record, "folder": folder and str(folder), "history": result.history}
+
+
+def load(config: RunConfig, shelf: Shelf | None, *, quiet: bool) -> tuple[ImageData, nn.Module]:
+    """The images and the pretrained model; what is odd about the images is said, unless quiet."""
+    data = shelf.data(config) if shelf else load_config_data(config)
+    if not quiet and on_main_process():
+        outputs.warn(data)
+    return data, (shelf.model if shelf else build_config_model)(config, len(data.class_names))
 
 
 def refuse_unusable(config: RunConfig) -> None:
@@ -199,24 +204,25 @@ def train_and_test(
     snapshot = Snapshot(model, parts.optimizer, objective, ema=parts.ema, accelerator=accelerator)
     with StopRequest(listen=checkpoints) as stop, progress if on_main_process() else Silence() as told:
         keeper = make_checkpointer(config, folder, snapshot, stop) if checkpoints and folder else NoCheckpoints()
-        result = fit(
-            parts.model,
-            parts.optimizer,
-            parts.scheduler,
-            parts.train,
-            parts.val,
-            accelerator=accelerator,
-            epochs=config.epochs,
-            progress=told,
-            set_training_mode=training_mode,
-            objective=objective,
-            mixup=mixup_of(config, len(data.class_names)),
-            clip_grad=config.clip_grad,
-            ema=parts.ema,
-            keep_epoch=config.keep_epoch,
-            validate_every=config.validate_every,
-            checkpointer=keeper,
-        )
+        with saved_if_stopped(keeper):
+            result = fit(
+                parts.model,
+                parts.optimizer,
+                parts.scheduler,
+                parts.train,
+                parts.val,
+                accelerator=accelerator,
+                epochs=config.epochs,
+                progress=told,
+                set_training_mode=training_mode,
+                objective=objective,
+                mixup=mixup_of(config, len(data.class_names)),
+                clip_grad=config.clip_grad,
+                ema=parts.ema,
+                keep_epoch=config.keep_epoch,
+                validate_every=config.validate_every,
+                checkpointer=keeper,
+            )
         restore(model, result.best_state)
         scores = None
         if score_test:

@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,6 +43,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self.__exit__()
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise, wherever we are, when its loaders stop, too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if os.environ.get("RANK", "0") == "0":
             os.write(2, b"\nStopping after this step; once more to stop at once, without saving.\n")
 
@@ -115,6 +119,19 @@ class Checkpointer:
         tensors, facts = self.snapshot.take(self.fit, sums)
         from_main_process(lambda: write_checkpoint(self.folder, self.fit.updates, tensors, facts, keep=self.keep))
         self.saved_at, self.saved_when = self.fit.updates, time.monotonic()
+
+
+@contextmanager
+def saved_if_stopped(checkpointer: Any) -> Iterator[None]:
+    """Where a run that is told to stop loses its loaders before it has heard of it, as by a signal to a whole group."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(checkpointer, Checkpointer) or not checkpointer.stop.number:
+            raise
+        if checkpointer.snapshot.accelerator.sync_gradients:  # else gradients of some batches are on their way
+            checkpointer.poll()
+        raise Interrupted(checkpointer.stop.number, checkpointer.folder) from error
 
 
 def say(text: str) -> None:

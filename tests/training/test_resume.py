@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,25 @@ def test_a_second_signal_does_what_it_does_without_us(capfd: pytest.CaptureFixtu
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_to_the_whole_group_loses_nothing_though_the_loaders_die(tmp_path: Path) -> None:
+    config = replace(SMALL, output=tmp_path, epochs=40, workers=2)
+    whole = run(replace(config, experiment="whole", workers=0), progress=Silence(), checkpoints=True)
+    train_py = Path(__file__).parents[2] / "train.py"
+    args = ["--model", "test_vit", "--dataset", "digits", "--no-pretrained", "--img-size", "16", "--epochs", "40"]
+    args += ["--model-kwargs", "patch_size", "4", "--max-train-samples", "64", "--max-eval-samples", "64", "-b", "16"]
+    args += ["--lr", "5e-3", "-j", "2", "--output", str(tmp_path), "--experiment", "part", "--checkpoint-steps", "1"]
+    command, log = [sys.executable, str(train_py), *args], tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        while "epoch 2/40" not in log.read_text() and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait() == 143, log.read_text()
+    assert "Go on: python train.py --resume" in log.read_text()
+    record = run(replace(config, experiment="part", resume="auto"), progress=Silence(), checkpoints=True)
+    assert record["resumed_at_updates"] and left_by(Path(record["folder"])) == left_by(Path(whole["folder"]))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path: Path, capsys) -> None:
