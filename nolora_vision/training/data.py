@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,6 +222,7 @@ def cache_need(split: Split, input_size: Sequence[int], *, augmented: bool) -> f
 
 
 def _prepare_worker(worker: int) -> None:
-    """Workers share the processor, and leave it to their run what Ctrl-C does."""
+    """Workers share the processor, and a signal to the run's process group is for the run alone: it ends them."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

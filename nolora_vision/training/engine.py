@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,18 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
+def processes() -> PartialState:
+    """accelerate's view of the processes of this run.
+
+    Asked without a flag, it takes several processes on processors for so many runs of their own, and keeps to that.
+    """
+    on_processors = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return PartialState(cpu=on_processors or not torch.accelerator.is_available())
+
+
 def on_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
-    return PartialState().is_main_process
+    return processes().is_main_process
 
 
 def from_main_process(make: Callable[[], T]) -> T:
@@ -123,6 +133,7 @@ def make_accelerator(
     amp_dtype: str, *, grad_accum_steps: int = 1, report_to: str = "none", folder: Path | None = None
 ) -> Accelerator:
     """accelerate's view of the machine; `amp_dtype` is none, bfloat16 or float16."""
+    processes()
     AcceleratorState._reset_state()  # accelerate keeps the first precision of a process; several runs may share one
     return Accelerator(
         mixed_precision=precision_of(amp_dtype),

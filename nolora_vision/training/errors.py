@@ -21,11 +21,11 @@ class ImageError(RunError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was told to stop and has saved itself."""
+    """A run that was told to stop and can go on."""
 
-    def __init__(self, number: int, folder: Path) -> None:
+    def __init__(self, number: int, folder: Path, *, saved: bool = True) -> None:
         super().__init__()
-        self.number, self.folder = number, folder
+        self.number, self.folder, self.saved = number, folder, saved
 
 
 def hub_advice(what: str, kind: str, error: BaseException, *, instead: str) -> RunError:

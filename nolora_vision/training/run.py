@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parse_run_config(argv), checkpoints=True)
     except Interrupted as stopped:
-        print(f"Stopped and saved. Go on: python train.py --resume {stopped.folder}", file=sys.stderr)
+        if on_main_process():
+            what = " and saved." if stopped.saved else "; what it did since its last checkpoint will be done again."
+            print(f"Stopped{what} Go on: python train.py --resume {stopped.folder}", file=sys.stderr)
         return 128 + stopped.number
     except KeyboardInterrupt:
         print("Stopped at once; nothing was saved since the last checkpoint, if there is one.", file=sys.stderr)

@@ -115,7 +115,14 @@ def _other_problems(config: RunConfig) -> Iterable[str]:
         yield f"warmup_epochs ({config.warmup_epochs:g}) is longer than epochs ({config.epochs})."
     if config.scale[0] > config.scale[1]:
         yield f"scale must be (smallest, largest), got {config.scale}."
+    if config.experiment is not None and not _is_file_name(config.experiment):
+        yield f"experiment must be the name of a folder within output, got {config.experiment!r}."
     if config.resume_changed and config.resume is None:
         yield "resume_changed is for --resume."
     if config.resume is not None and config.eval_only:
         yield "resume goes on with training, and eval_only has none: give one of them."
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name stays in its folder, on any system, and is not hidden there."""
+    return bool(name.strip()) and not name.startswith(".") and not set(name) & set("/\\:\0")

@@ -129,9 +129,10 @@ def saved_if_stopped(checkpointer: Any) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(checkpointer, Checkpointer) or not checkpointer.stop.number:
             raise
-        if checkpointer.snapshot.accelerator.sync_gradients:  # else gradients of some batches are on their way
+        whole = checkpointer.snapshot.accelerator.sync_gradients  # else gradients of some batches are on their way
+        if whole and checkpointer.snapshot.processes == 1:  # else the others may be a step behind
             checkpointer.poll()
-        raise Interrupted(checkpointer.stop.number, checkpointer.folder) from error
+        raise Interrupted(checkpointer.stop.number, checkpointer.folder, saved=False) from error
 
 
 def say(text: str) -> None:

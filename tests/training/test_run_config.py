@@ -171,3 +171,10 @@ def test_any_yaml_is_a_config_or_a_config_error(tmp_path_factory: pytest.TempPat
     else:
         path.write_text(dump_run_config(config), encoding="utf-8")
         assert load_run_config(path) == config
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/x", "a/b", "..", ".hidden", "", " ", "C:x", "a\\b", "a\0b"])
+def test_a_name_cannot_lead_out_of_the_output_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="experiment must be the name of a folder within output"):
+        RunConfig(experiment=name)
+    assert RunConfig(experiment="lora, r 8").experiment

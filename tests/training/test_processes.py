@@ -1,0 +1,73 @@
+"""Two processes compute what one does with the same images in a step, and go on together where they were stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+ARGS = [
+    "--model",
+    "test_vit",
+    "--dataset",
+    "digits",
+    "--no-pretrained",
+    "--img-size",
+    "16",
+    "--model-kwargs",
+    "patch_size",
+]
+ARGS += ["4", "--max-train-samples", "64", "--max-eval-samples", "61", "--lr", "5e-3", "-j", "1", "--reprob", "0.3"]
+
+
+def command(processes: int, *args: str) -> list[str]:
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    return [sys.executable, *(start if processes == 2 else []), str(ROOT / "train.py"), *ARGS, *args]
+
+
+def trained(folder: Path, processes: int, *args: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Record and weights of a run."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command(processes, *args), env=environment, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("test top-1") == 1  # only the main process speaks
+    record = json.loads((folder / "record.json").read_text())
+    return record, load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over TCP is not tried on Windows")
+def test_two_processes_are_one_and_go_on_together(tmp_path: Path) -> None:
+    place = ["--output", str(tmp_path), "--epochs", "2", "--experiment"]
+    one, weights = trained(tmp_path / "one", 1, *place, "one", "-b", "16")
+    two, others = trained(tmp_path / "two", 2, *place, "two", "-b", "8")
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-5)
+    for score in ("test_top1_percent", "val_top1_percent", "best_epoch"):
+        assert two["metrics"][score] == one["metrics"][score]
+    assert two["metrics"]["test_loss"] == pytest.approx(one["metrics"]["test_loss"], rel=1e-4)
+    assert two["metrics"]["train_forward_images"] == one["metrics"]["train_forward_images"] == 128
+
+    place = ["--output", str(tmp_path), "--epochs", "60", "-b", "8", "--validate-every", "0", "--experiment"]
+    whole, weights = trained(tmp_path / "whole", 2, *place, "whole")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command(2, *place, "part"), env=environment, stdout=out, stderr=subprocess.STDOUT)
+        while "epoch 2/60" not in log.read_text() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() != 0
+    said = log.read_text()
+    assert said.count("Stopping after this step") == 1 and "Go on: python train.py --resume" in said
+    part, others = trained(tmp_path / "part", 2, *place, "part", "--resume", "auto")
+    assert len(part["resumed_at_updates"]) == 1 and part["resumed_at_updates"][0] < 240
+    assert all(torch.equal(others[name], value) for name, value in weights.items())
+    assert part["metrics"]["test_loss"] == whole["metrics"]["test_loss"]
