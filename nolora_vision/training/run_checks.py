@@ -84,13 +84,18 @@ def _consistency_problems(config: RunConfig) -> Iterable[str]:
         yield "consistency_fraction is 0, so nothing would be looked at twice; leave consistency off instead."
     if mode is None:
         return
-    if method in MODULATED_METHODS and not config.adapter.modulation_noise:
+    if mode == "previous" and not config.no_aug:  # each epoch looks at another crop of the image
+        same = False
+    elif method in MODULATED_METHODS:
+        same = not config.adapter.modulation_noise
+    else:
+        same = not (config.drop_path or any(config.model_kwargs.get(name) for name in DROPOUT_KWARGS))
+    if same and method in MODULATED_METHODS:
         yield (
             f"consistency of {method} needs noise on v, or both looks are the same: set adapter.modulation_noise, 0.5 "
             f"for example."
         )
-    dropped = config.drop_path or any(config.model_kwargs.get(name) for name in DROPOUT_KWARGS)
-    if method not in MODULATED_METHODS and not dropped:
+    if same and method not in MODULATED_METHODS:
         yield (
             f"consistency of {method} needs another source of noise, as it has no v, or both looks are the same: set "
             f"drop_path, or drop_rate in model_kwargs, or leave consistency off."

@@ -81,7 +81,7 @@ class RunConfig:
     """Epochs between validations; 0 validates after the last epoch only, which always is."""
     consistency: float = 0.0
     """λ: weight of ‖logits₁ − logits₂‖² between two noisy looks at an image; needs adapter.modulation_noise, or another
-    source of noise where the method has no modulation."""
+    source of noise where the method has no modulation. Looks of two epochs differ by their crops anyway."""
     consistency_mode: Literal["twice", "previous", "part", "every"] | None = None
     """Which two looks: two copies of each image in a batch, or this epoch's and the last one's; or copies of a part of
     the batch, or in every so many batches. None is twice where consistency is above 0; others are on at 0, too."""

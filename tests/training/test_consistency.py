@@ -379,6 +379,9 @@ def test_consistency_needs_noise_on_v(method: str) -> None:
         RunConfig(method=method, consistency=0.1, drop_path=0.1)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="needs noise on v"):
         RunConfig(method=method, consistency_mode="twice")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs noise on v"):
+        RunConfig(method=method, consistency_mode="previous", no_aug=True)  # type: ignore[arg-type]
+    assert RunConfig(method=method, consistency_mode="previous").consistency_in_use  # type: ignore[arg-type]
     assert RunConfig(method=method, consistency=0.1, adapter=NOISY).consistency_in_use == "twice"  # type: ignore[arg-type]
     assert RunConfig(method=method, adapter=NOISY).consistency_in_use is None  # type: ignore[arg-type]
 
