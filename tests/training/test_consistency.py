@@ -401,6 +401,7 @@ def test_every_other_problem_at_once() -> None:
             consistency=-1,
             consistency_mode="previous",
             consistency_fraction=0,
+            no_aug=True,
             consistency_every=0,
             mixup=0.2,
             epochs=0,
