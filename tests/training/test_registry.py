@@ -59,12 +59,12 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
 
 
 def parquet(rows: int, image: str, label: str, classes: int, others: tuple[str, ...], shade: int) -> bytes:
-    """Two classes in turns; other columns hold zeros. All images have one colour, `shade`."""
+    """Two classes in turns; other columns hold ones and zeros. All images have one colour, `shade`."""
     stream = BytesIO()
     Image.fromarray(np.full((4, 4), shade, np.uint8)).save(stream, "PNG")
     names = datasets.ClassLabel(names=[f"class {i}" for i in range(classes)])
     features = {**dict.fromkeys(others, datasets.Value("int64")), image: datasets.Image(), label: names}
-    columns: dict[str, Any] = {key: [0] * rows for key in others}
+    columns: dict[str, Any] = {key: [1 - i % 2 for i in range(rows)] for key in others}
     columns |= {image: [{"bytes": stream.getvalue(), "path": None}] * rows, label: [i % 2 for i in range(rows)]}
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     out = BytesIO()
@@ -141,4 +141,4 @@ def test_another_revision(answers: dict[str, Any]) -> None:
 
 def test_the_id_and_other_columns_work_too(answers: dict[str, Any]) -> None:
     assert of(answers, "tanganke/dtd")["about"]["num_classes"] == 47
-    assert of(answers, "cifar100", label_key="coarse_label")["classes"] == ["0"]
+    assert of(answers, "cifar100", label_key="coarse_label")["classes"] == ["0", "1"]
