@@ -91,6 +91,12 @@ def test_sweep(path: Path) -> None:
         assert trained_names(config) and num_classes(config.dataset) >= 2
 
 
+def test_the_large_grid_says_how_many_runs_it_is() -> None:
+    path = ROOT / "configs" / "sweeps" / "cifar10_224px_gpu.yaml"
+    (_, tasks), header = planned(path), header_of(path)
+    assert f"Runs: {len(tasks):,} to choose" in header and "not measured" in header
+
+
 @pytest.mark.parametrize("path", IN_A_SUITE, ids=lambda p: p.stem)
 def test_a_sweep_says_how_many_runs_it_is_and_that_nobody_ran_it(path: Path) -> None:
     (sweep, tasks), header = planned(path), header_of(path)

@@ -33,22 +33,24 @@ def main(
     results_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS_DIR")],
     *,
     output: Path | None = None,
+    baseline: str | None = None,
 ) -> None:
     """Report on sweeps: report.md, results.csv, runs.csv, figures/ and report.html.
 
     Args:
         results_dirs: Outputs of sweeps, each with runs/ and sweep.json.
         output: Folder of the report; RESULTS_DIR/report by default.
+        baseline: Method that the others are compared with, instead of the sweeps' own.
     """
     try:
-        folder = write_report(results_dirs, output=output)
+        folder = write_report(results_dirs, output=output, baseline=baseline)
     except RunError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{folder}: {', '.join(sorted(path.name + '/' * path.is_dir() for path in folder.iterdir()))}")
 
 
-def write_report(results_dirs: Sequence[Path], *, output: Path | None = None) -> Path:
+def write_report(results_dirs: Sequence[Path], *, output: Path | None = None, baseline: str | None = None) -> Path:
     """Write the report of one or several sweeps, and return its folder.
 
     Raises:
@@ -56,7 +58,7 @@ def write_report(results_dirs: Sequence[Path], *, output: Path | None = None) ->
     """
     if not results_dirs:
         raise RunError("No results were named. Name the output of a sweep, which holds runs/<key>.json.")
-    report = build_report(read_results(results_dirs))
+    report = build_report(read_results(results_dirs, baseline=baseline))
     for line in report.warnings:
         print(f"warning: {line}", file=sys.stderr)
     folder = output or results_dirs[0] / "report"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +92,29 @@ class Results:
         return self.sweeps[0].baseline
 
 
-def read_results(folders: Sequence[Path]) -> Results:
+def read_results(folders: Sequence[Path], *, baseline: str | None = None) -> Results:
     """The runs of all result folders, each one once.
 
+    Args:
+        baseline: label of the method to compare with, instead of the sweeps' own.
+
     Raises:
-        RunError: if a folder is none, or there is no run in all of them.
+        RunError: if a folder is none, there is no run in all of them, or none of the baseline.
     """
     warnings: list[str] = []
     for folder in folders:
         if not (folder / "runs").is_dir():
             raise RunError(f"{folder} has no folder runs/. Name the output of a sweep, which holds runs/<key>.json.")
     sweeps = tuple(_read_sweep(folder, warnings) for folder in folders)
+    if baseline is not None:
+        sweeps = tuple(replace(sweep, baseline=baseline) for sweep in sweeps)
     read = [run for sweep in sweeps for run in _read_runs(sweep, warnings)]
     runs = tuple(_once(read, warnings))
     if not runs:
         found = "".join(f"\n  {line}" for line in warnings)
         raise RunError(f"No readable run in {', '.join(map(str, folders))}. Run the sweep first.{found}")
+    if baseline is not None and baseline not in (labels := sorted({run.label for run in runs})):
+        raise RunError(f"No run is of the baseline {baseline!r}. Give one of: {', '.join(labels)}.")
     if others := sorted({sweep.baseline for sweep in sweeps} - {sweeps[0].baseline}):
         warnings.append(f"baseline is {sweeps[0].baseline!r}, as in {folders[0].name}; others name {', '.join(others)}")
     return Results(sweeps, runs, tuple(warnings))

@@ -1,4 +1,8 @@
-"""Checkpoints of a run as directories: written whole or not at all, with checksums, the last few kept; no pickle."""
+"""Checkpoints of a run as directories: written whole or not at all, with checksums, the last few kept; no pickle.
+
+accelerate's `save_state` is not used: it pickles the optimizer and the random numbers, saves the frozen backbone with
+each checkpoint, and a kill in the middle of it leaves a part.
+"""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class TransformedImages(Dataset[tuple[Tensor, int] | tuple[Tensor, int, int]]):
     Args:
         before: what happens to an image before it is kept.
         after: what happens to it each time.
-        seed: of the augmentation, for keys of a `SeededOrder`; None: nothing is random, and the keys are indices.
+        seed: of the augmentation; None: nothing is random. Keys may be those of a `SeededOrder` or plain indices.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ def make_loader(
     cache = make_cache(len(split), capacity) if capacity else None
     parts = fixed_and_random(transform, augmented=augmented)
     return DataLoader(
-        TransformedImages(split, *parts, cache, with_rows=with_rows, seed=seed if training else None),
+        TransformedImages(split, *parts, cache, with_rows=with_rows, seed=seed if augmented else None),
         batch_size=batch_size,
         sampler=SeededOrder(len(split), seed) if training else None,
         drop_last=training and len(split) > batch_size,

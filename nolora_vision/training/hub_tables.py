@@ -133,14 +133,16 @@ def tables_of(
         if key not in features:
             columns = ", ".join(features)
             raise RunError(f"{where} has no {what} column {key!r}. Columns: {columns}. Choose with --{what}-key.")
-    for role, rows in chosen.items():
-        refuse_labels(list(rows[label_key]), names[role], where)
-    classes = _class_names(chosen, label_key)
-    return {role: _table(rows, image_key, label_key, classes, names[role], where) for role, rows in chosen.items()}
+    labels = {role: list(rows[label_key]) for role, rows in chosen.items()}
+    for role, values in labels.items():
+        refuse_labels(values, names[role], where)
+    classes = _class_names(features[label_key], labels.values())
+    return {role: _table(rows, image_key, labels[role], classes, names[role], where) for role, rows in chosen.items()}
 
 
-def _table(rows: Any, image_key: str, label_key: str, class_names: tuple[str, ...], name: str, where: str) -> Table:
-    values = list(rows[label_key])
+def _table(
+    rows: Any, image_key: str, values: Sequence[Any], class_names: tuple[str, ...], name: str, where: str
+) -> Table:
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [ids[str(value)] if not isinstance(value, int) else value for value in values]
     encoded = partial(_bytes_of_row, rows, image_key)
@@ -165,11 +167,10 @@ def _bytes_of_row(rows: Any, image_key: str, i: int) -> bytes | None:
     return stored.get("bytes") or (Path(path).read_bytes() if path and Path(path).is_file() else None)
 
 
-def _class_names(splits: Mapping[str, Any], label_key: str) -> tuple[str, ...]:
-    feature = splits["train"].features[label_key]
+def _class_names(feature: Any, labels: Iterable[Sequence[Any]]) -> tuple[str, ...]:
     if getattr(feature, "names", None):
         return tuple(feature.names)
-    values = {value for rows in splits.values() for value in rows[label_key]}
+    values = {value for split in labels for value in split}
     if all(isinstance(value, int) for value in values):
         return tuple(str(i) for i in range(max(values) + 1))
     return tuple(sorted(str(value) for value in values))

@@ -68,8 +68,8 @@ def label_warnings(chosen: Mapping[str, Split]) -> Iterator[str]:
         if only:
             share = np.isin(chosen[role].labels, [names.index(name) for name in only]).mean()
             yield (
-                f"{named(only, 'class', 'classes')} of the {role} split have no training image; {share:.0%} of its "
-                f"images can't be got right."
+                f"No training image shows {named(only, 'class', 'classes')}, as {share:.0%} of the {role} split do: "
+                f"these can't be got right."
             )
 
 

@@ -70,7 +70,7 @@ def pack(
 
 
 def _part(dataset: str, **options: Any) -> tuple[dict[str, Table], Mapping[str, Any]]:
-    data = load_data(dataset, **options)
+    data = load_data(dataset, **options, check_shared="never")
     tables = {role: as_table(getattr(data, role), role) for role in ("train", "val", "test")}
     return tables, {**data.about, "of_rows": data.about["rows"]}
 

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ def run_eval_only(config: RunConfig) -> dict[str, Any]:
     assert config.adapter_dir is not None
     directory = find_adapter(config.adapter_dir if config.adapter_dir.exists() else str(config.adapter_dir))
     saved = read_adapter_config(directory)
-    data = load_config_data(config)
+    data = load_config_data(replace(config, check_shared="never"))  # nothing is trained on
     if saved["num_classes"] != len(data.class_names):
         got = len(data.class_names)
         raise RunError(f"The adapter knows {saved['num_classes']} classes, {config.dataset} has {got}.")

@@ -121,9 +121,12 @@ def _other_problems(config: RunConfig) -> Iterable[str]:
     if config.scale[0] > config.scale[1]:
         yield f"scale must be (smallest, largest), got {config.scale}."
     if config.experiment is not None and not _is_file_name(config.experiment):
-        yield f"experiment must be the name of a folder within output, got {config.experiment!r}."
+        yield (
+            f"experiment must be the name of a folder within output, got {config.experiment!r}. Give a plain name, and "
+            f"the place by --output."
+        )
     if config.resume_changed and config.resume is None:
-        yield "resume_changed is for --resume."
+        yield "resume_changed is for --resume, which is not given: give it, or leave resume_changed out."
     if config.resume is not None and config.eval_only:
         yield "resume goes on with training, and eval_only has none: give one of them."
 

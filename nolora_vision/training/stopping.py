@@ -44,7 +44,7 @@ class StopRequest:
         self.number = number
         self.__exit__()
         if hasattr(signal, "SIGCHLD"):  # torch's handler would raise, wherever we are, when its loaders stop, too
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._before = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)}
         if os.environ.get("RANK", "0") == "0":
             os.write(2, b"\nStopping after this step; once more to stop at once, without saving.\n")
 

@@ -191,3 +191,15 @@ def test_a_copied_run_is_no_cause_for_a_warning(tmp_path: Path) -> None:
         SweepFiles(tmp_path / name).done("lora", 1, test=81.0, lr=0.1)
     results = read_results([tmp_path / "a", tmp_path / "b"])
     assert len(results.runs) == 1 and not results.warnings
+
+
+def test_another_baseline(tmp_path: Path) -> None:
+    sweep = SweepFiles(tmp_path / "s")
+    for seed in range(3):
+        sweep.done("lora", seed, test=80.0 + seed, lr=0.1)
+        sweep.done("longer", seed, test=81.0 + seed, lr=0.1)
+    results = read_results([sweep.folder], baseline="longer")
+    (comparison,), *_ = compare(results)
+    assert [(o.label, d.mean) for o, d in comparison.differences] == [("lora", -1.0)]
+    with pytest.raises(RunError, match=r"No run is of the baseline 'longest'\. Give one of: longer, lora\."):
+        read_results([sweep.folder], baseline="longest")

@@ -13,11 +13,9 @@ from PIL import Image
 from nolora_vision.training.data import load_data, make_loader
 from nolora_vision.training.errors import ImageError, RunError
 from nolora_vision.training.run import main
+from tests.training.preprocessing import preprocessing
 
-PREPROCESSING = {
-    **{"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-    **{"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},
-}
+PREPROCESSING = preprocessing(16)
 FORMS = {"grey": "L", "palette": "P", "transparent": "RGBA", "print": "CMYK", "deep": "I;16", "black or white": "1"}
 
 
@@ -167,7 +165,7 @@ def test_classes_that_nobody_trains_on_and_shared_images_are_told_of(tmp_path: P
     place = parquet(tmp_path / "d", [0, 1] * 10, test=[0, 1, 2, 2])
     data = load_data(place)
     assert data.about["warnings"] == [
-        "class 2 of the test split have no training image; 50% of its images can't be got right."
+        "No training image shows class 2, as 50% of the test split do: these can't be got right."
     ]
     both = tmp_path / "both"
     for split, seeds in (("train", range(8)), ("val", range(8, 12)), ("test", (0, 1, 20, 21))):

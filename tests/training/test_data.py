@@ -10,15 +10,9 @@ from PIL import Image
 from nolora_vision.training import hub_tables, sources
 from nolora_vision.training.data import ImageData, load_data, make_loader
 from nolora_vision.training.errors import RunError
+from tests.training.preprocessing import preprocessing
 
-PREPROCESSING = {
-    "input_size": (3, 16, 16),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
+PREPROCESSING = preprocessing(16)
 
 
 def picture(i: int, mode: str = "RGB") -> Image.Image:

@@ -9,11 +9,9 @@ import torch
 from nolora_vision.training.data import ImageData, load_data, make_loader
 from nolora_vision.training.engine import make_accelerator
 from nolora_vision.training.order import SeededOrder, drawing_from, number_of, start_epoch
+from tests.training.preprocessing import preprocessing
 
-PREPROCESSING = {
-    **{"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-    **{"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},
-}
+PREPROCESSING = preprocessing(16)
 AUGMENTATION = {"scale": (0.3, 1.0), "hflip": 0.5, "auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5}
 
 

@@ -49,7 +49,7 @@ def test_two_processes_are_one_and_go_on_together(tmp_path: Path) -> None:
     two, others = trained(tmp_path / "two", 2, *place, "two", "-b", "8")
     assert weights.keys() == others.keys()
     for name, value in weights.items():
-        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=2e-6)  # sums in another order: 4e-7 was seen
     for score in ("test_top1_percent", "val_top1_percent", "best_epoch"):
         assert two["metrics"][score] == one["metrics"][score]
     assert two["metrics"]["test_loss"] == pytest.approx(one["metrics"]["test_loss"], rel=1e-4)

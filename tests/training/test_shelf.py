@@ -18,16 +18,10 @@ from nolora_vision.training.progress import RunsProgress
 from nolora_vision.training.run import run
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.shelf import Shelf
+from tests.training.preprocessing import preprocessing
 
 SMALL = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 1}
-PREPROCESSING = {
-    "input_size": (3, 8, 8),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
+PREPROCESSING = preprocessing(8)
 
 
 @pytest.fixture
