@@ -94,6 +94,17 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
+def leave_processes() -> None:
+    """End the connections between processes, if there are any, before Python ends.
+
+    A thread of gloo's that lets go of the last message, a Python object, while Python ends aborts the process (torch
+    2.15), and DDP keeps those threads beyond the connections; so they are given the time to let go of it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(0.2)
+
+
 def on_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return processes().is_main_process

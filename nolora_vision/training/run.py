@@ -42,6 +42,7 @@ from nolora_vision.training.engine import (
     evaluate,
     fit,
     from_main_process,
+    leave_processes,
     make_accelerator,
     on_main_process,
     precision_of,
@@ -72,6 +73,13 @@ from nolora_vision.training.stopping import Checkpointer, StopRequest, saved_if_
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 after one message about what the user can mend; 130 or 143 if it was told to stop."""
+    code = run_and_tell(argv)
+    leave_processes()  # not after an exception that nobody expects: then the others may be in the middle of talking
+    return code
+
+
+def run_and_tell(argv: Sequence[str] | None) -> int:
+    """The command's exit code, after a message where it is not 0."""
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
     try:
         run(parse_run_config(argv), checkpoints=True)

@@ -310,7 +310,7 @@ sys.path[:0] = [{root!r}]
 import nolora_vision, timm
 from tests.training.test_consistency import Rows, Noisy
 from nolora_vision.training.consistency import Previous, Twice
-from nolora_vision.training.engine import fit, make_accelerator, seed_everything
+from nolora_vision.training.engine import fit, leave_processes, make_accelerator, seed_everything
 from nolora_vision.training.progress import Silence
 
 accelerator = make_accelerator("none")
@@ -351,6 +351,7 @@ trained = torch.cat([p.detach().flatten() for p in nolora_vision.adapter_paramet
 both = accelerator.gather(trained[None])
 assert torch.equal(both[0], both[1])
 open(f"done-{{accelerator.process_index}}", "w").close()
+leave_processes()
 """
 
 

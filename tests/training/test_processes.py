@@ -26,10 +26,11 @@ ARGS = [
 ]
 ARGS += ["4", "--max-train-samples", "64", "--max-eval-samples", "61", "--lr", "5e-3", "-j", "1", "--reprob", "0.3"]
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+
 
 def command(processes: int, *args: str) -> list[str]:
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    return [sys.executable, *(start if processes == 2 else []), str(ROOT / "train.py"), *ARGS, *args]
+    return [*(LAUNCH if processes == 2 else [sys.executable]), str(ROOT / "train.py"), *ARGS, *args]
 
 
 def trained(folder: Path, processes: int, *args: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -40,6 +41,30 @@ def trained(folder: Path, processes: int, *args: str) -> tuple[dict, dict[str, t
     assert done.stdout.count("test top-1") == 1  # only the main process speaks
     record = json.loads((folder / "record.json").read_text())
     return record, load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+LEAVES = """
+import torch
+from nolora_vision.training.engine import leave_processes, make_accelerator
+
+def train():
+    model = make_accelerator("none").prepare(torch.nn.Linear(3, 3))
+    for _ in range(3):
+        model(torch.ones(2, 3)).sum().backward()
+
+train()
+leave_processes()
+"""
+
+
+def test_processes_end_well_right_after_their_last_message(tmp_path: Path) -> None:
+    """Without `leave_processes`, each launch aborted two times of three."""
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    for _ in range(3):
+        done = subprocess.run([*LAUNCH, str(script)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over TCP is not tried on Windows")
