@@ -21,11 +21,12 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nolora_vision.training.consistency import Batch, Objective, Plain
+from nolora_vision.training.consistency import Batch, Objective, Outcome, Plain
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.fit_state import Fit
+from nolora_vision.training.health import Guard, collapsed
 from nolora_vision.training.order import start_epoch
-from nolora_vision.training.tally import Tally
+from nolora_vision.training.tally import Tally, rates_of
 
 Batches = Iterable[Sequence[Tensor]]
 """(images, labels), or for training (images, labels, indices into the data set)."""
@@ -40,6 +41,7 @@ class Progress(Protocol):
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None: ...
     def step(self, *, loss: float, top1: float, images_per_s: float) -> None: ...
     def end_epoch(self, row: Mapping[str, float]) -> None: ...
+    def warn(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -191,38 +193,38 @@ def fit(
         checkpointer: who saves the state of training.
 
     Raises:
-        RunError: if the loss is not finite.
+        NotFiniteError: if the loss or the gradient of a step is not finite.
+        RunError: if float16 cannot hold the gradient.
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     judged, source = (model, bare) if ema is None else (ema.module, ema.module)
     result, sums = checkpointer.begin()
+    guard = Guard(model, bare, optimizer, accelerator=accelerator, clip_grad=clip_grad)
     for epoch in range(result.epochs, epochs):
         set_training_mode(model)
         tally, sums = Tally(progress, epoch=epoch, processes=accelerator.num_processes, sums=sums), {}
         start_epoch(train, epoch, skip=tally.images)
         progress.start_epoch(epoch, epochs, len(train))  # type: ignore[arg-type]
-        for images, labels, *rows in train if result.batches < len(train) else ():  # type: ignore[arg-type]
-            mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
-            with accelerator.accumulate(model):
-                outcome = objective(model, Batch(mixed, targets, rows[0] if rows else None, epoch))
-                accelerator.backward(outcome.loss)
-                if accelerator.sync_gradients and clip_grad is not None:
-                    accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-            tally.add(outcome, labels, optimizer)
-            result.batches += 1
-            if accelerator.sync_gradients:
-                result.updates += 1
-                scheduler.step_update(result.updates)
-                if ema is not None:
-                    ema.update(bare, step=result.updates)
-                checkpointer.after_step(tally)
-        tally.end()
+        with guard.naming(objective, result):
+            for images, labels, *rows in train if result.batches < len(train) else ():  # type: ignore[arg-type]
+                mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
+                batch = Batch(mixed, targets, rows[0] if rows else None, epoch)
+                outcome, norm = take_step(model, optimizer, objective, batch, guard=guard, accelerator=accelerator)
+                tally.add(outcome, labels, optimizer, norm)
+                result.batches += 1
+                if accelerator.sync_gradients:
+                    result.updates += 1
+                    scheduler.step_update(result.updates)
+                    if ema is not None:
+                        ema.update(bare, step=result.updates)
+                    checkpointer.after_step(tally)
+            tally.end()
         row = {"epoch": epoch + 1, "train_loss": tally.loss, "train_top1_percent": tally.top1_percent}
         if epoch + 1 == epochs or (validate_every and (epoch + 1) % validate_every == 0):
             scores = evaluate(judged, val, accelerator=accelerator, poll=checkpointer.poll)
             row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent}
+            if complaint := collapsed(scores.top1_percent, scores.labels, epoch=epoch + 1, rates=rates_of(optimizer)):
+                result.warn(complaint, progress)
             if keep_epoch == "last" or scores.top1_percent > result.best_val_top1_percent:
                 result.keep(scores.top1_percent, trained_copy(bare, source))
         result.end_epoch(tally, row | {"lr": optimizer.param_groups[0]["lr"]})
@@ -230,6 +232,20 @@ def fit(
         progress.end_epoch(result.history[-1])
         accelerator.log({k: v for k, v in result.history[-1].items() if k != "epoch"}, step=epoch + 1)
     return result
+
+
+def take_step(
+    model: nn.Module, optimizer: Any, objective: Objective, batch: Batch, *, guard: Guard, accelerator: Accelerator
+) -> tuple[Outcome, Tensor | None]:
+    """Forward, backward and, unless gradients are still being added up, an update; with the norm of its gradient."""
+    with accelerator.accumulate(model):
+        outcome = objective(model, batch)
+        accelerator.backward(outcome.loss)
+        norm = guard.before_update(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        guard.after_update()
+    return outcome, norm
 
 
 def evaluate(

@@ -30,12 +30,20 @@ class Fit:
     """Batches that are done of the epoch after them, by each process."""
     updates: int = 0
     """Optimizer steps."""
+    warnings: list[str] = field(default_factory=list)
+    """What was odd about it, said once."""
     resumed_at: list[int] = field(default_factory=list)
     """The optimizer steps at which the run was stopped and went on."""
 
     def keep(self, val_top1_percent: float, state: dict[str, Tensor]) -> None:
         """Take the weights of the epoch that is being ended as the best ones so far."""
         self.best_epoch, self.best_val_top1_percent, self.best_state = self.epochs + 1, val_top1_percent, state
+
+    def warn(self, text: str, listener: Any) -> None:
+        """Note what is odd, and tell it, unless something was told already."""
+        if not self.warnings:
+            self.warnings.append(text)
+            listener.warn(text)
 
     def end_epoch(self, tally: Tally, row: dict[str, float]) -> None:
         """Count an epoch whose batches are done, and what is said of it."""

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -17,15 +18,17 @@ from torch import nn
 from nolora_vision import save_adapter, summary
 from nolora_vision.adapters.checkpoint import adapter_bytes
 from nolora_vision.training import figures
+from nolora_vision.training.checkpoints import has_checkpoint
 from nolora_vision.training.config_file import as_plain, dump_run_config
 from nolora_vision.training.data import ImageData
-from nolora_vision.training.engine import Evaluation
-from nolora_vision.training.errors import RunError
+from nolora_vision.training.engine import Evaluation, on_main_process, restore
+from nolora_vision.training.errors import NotFiniteError, RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.progress import print_table
 from nolora_vision.training.record import environment, peak_memory, write_atomic, write_record
 from nolora_vision.training.run_config import RunConfig
 
+FAILURE = "failure.json"
 MOST_SHOWN = 10
 """Images left out that the terminal names."""
 
@@ -109,6 +112,7 @@ def make_record(
             "total": counts.total_params,
         },
         "config": as_plain(asdict(config)),
+        **({"warnings": result.warnings} if result.warnings else {}),
         **({"resumed_at_updates": result.resumed_at} if result.resumed_at else {}),
         "environment": environment(),
     }
@@ -124,22 +128,8 @@ def save_outputs(
     test: Evaluation,
 ) -> None:
     """Adapter, history, pictures and, when all of them are there, the record."""
-    config = record["config"]
-    kwargs = {**({} if config["img_size"] is None else {"img_size": config["img_size"]}), **config["model_kwargs"]}
-    save_adapter(
-        model,
-        folder / "adapter",
-        class_names=data.class_names,
-        metrics=record["metrics"],
-        preprocessing=images,
-        model_kwargs=kwargs,
-        metadata={
-            "method": record["method"],
-            "dataset": record["dataset"]["id"],
-            "pretrained": config["pretrained"],
-            "pretrained_path": config["pretrained_path"] and str(Path(config["pretrained_path"]).absolute()),
-        },
-    )
+    (folder / FAILURE).unlink(missing_ok=True)
+    save_trained(folder, record["config"], data, images, model, metrics=record["metrics"])
     write_atomic(folder / "summary.csv", history_csv(result.history))
     write_atomic(folder / "splits.json", json.dumps(data.split_file, indent=2, ensure_ascii=False) + "\n")
     title = f"{record['method']}, {record['model']}, {record['dataset']['id']}"
@@ -152,6 +142,85 @@ def save_outputs(
     if not drawn:
         print("No pictures: pip install 'nolora-vision[plots]' for matplotlib.")
     write_record(folder / "record.json", dict(record))
+
+
+def save_trained(
+    folder: Path,
+    config: Mapping[str, Any],
+    data: ImageData,
+    images: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    metrics: Mapping[str, Any],
+) -> None:
+    """The adapter, or whatever trained, with what it takes to use it.
+
+    Args:
+        config: as it is in a record.
+        images: preprocessing of evaluation.
+    """
+    kwargs = {**({} if config["img_size"] is None else {"img_size": config["img_size"]}), **config["model_kwargs"]}
+    save_adapter(
+        model,
+        folder / "adapter",
+        class_names=data.class_names,
+        metrics=metrics,
+        preprocessing=images,
+        model_kwargs=kwargs,
+        metadata={
+            "method": config["method"],
+            "dataset": data.about["id"],
+            "pretrained": config["pretrained"],
+            "pretrained_path": config["pretrained_path"] and str(Path(config["pretrained_path"]).absolute()),
+        },
+    )
+
+
+@contextmanager
+def kept_on_failure(
+    folder: Path | None, config: RunConfig, data: ImageData, images: Mapping[str, Any], model: nn.Module
+) -> Iterator[None]:
+    """Where the numbers of training go wrong, what was good of it is saved in the folder, if there is one."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if folder is not None and on_main_process():
+            save_failure(folder, config, data, images, model, error)
+        raise
+
+
+def save_failure(
+    folder: Path,
+    config: RunConfig,
+    data: ImageData,
+    images: Mapping[str, Any],
+    model: nn.Module,
+    error: NotFiniteError,
+) -> None:
+    """What a run whose numbers went wrong leaves: its last good adapter, its history, and failure.json.
+
+    Args:
+        error: is told what is kept, for its message.
+    """
+    fit: Fit = error.fit
+    if fit.best_state:
+        restore(model, fit.best_state)
+        kept = f"the adapter of epoch {fit.best_epoch} (validation top-1 {fit.best_val_top1_percent:.2f} %)"
+    elif error.weights_kept and (error.epoch, error.step) > (1, 1):
+        kept = "the adapter as it was before that step"
+    else:
+        kept = None
+    if kept is not None:
+        save_trained(folder, as_plain(asdict(config)), data, images, model, metrics={})
+        error.kept = f"Kept in {folder / 'adapter'}: {kept}."
+    if has_checkpoint(folder):
+        go_on = f"python train.py --resume {folder} --resume-changed"
+        error.kept = f"{error.kept or ''} Go on from the last checkpoint with other rates: {go_on} --lr …".strip()
+    if fit.history:
+        write_atomic(folder / "summary.csv", history_csv(fit.history))
+    facts = {name: getattr(error, name) for name in ("of", "step", "epoch", "rates", "where")}
+    failure = {"error": str(error), **facts, "kept": kept, "config": as_plain(asdict(config))}
+    write_record(folder / FAILURE, {**failure, "environment": environment()})
 
 
 def history_csv(history: Sequence[Mapping[str, float]]) -> str:

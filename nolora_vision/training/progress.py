@@ -56,6 +56,10 @@ class LiveProgress:
             soft_wrap=True,
         )
 
+    def warn(self, text: str) -> None:
+        """Print above the bar what is odd."""
+        self.console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
+
 
 class RunsProgress:
     """One bar for several runs, whatever the length of each, with what the current one is."""
@@ -105,6 +109,9 @@ class RunsProgress:
     def end_epoch(self, row: Mapping[str, float]) -> None:
         """Nothing: a line for each epoch of each run would be too many."""
 
+    def warn(self, text: str) -> None:
+        """Nothing: the run's record has it."""
+
 
 class Silence:
     """Progress that nobody is told."""
@@ -122,6 +129,9 @@ class Silence:
         """Nothing."""
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
         """Nothing."""
 
 

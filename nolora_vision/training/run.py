@@ -35,6 +35,7 @@ from nolora_vision.training.backbone import (
 from nolora_vision.training.checkpoints import remove_checkpoints
 from nolora_vision.training.config_file import as_plain, parse_run_config
 from nolora_vision.training.data import ImageData
+from nolora_vision.training.determinism import deterministic_algorithms
 from nolora_vision.training.engine import (
     Evaluation,
     NoCheckpoints,
@@ -140,7 +141,8 @@ def run(
         folder = old or from_main_process(lambda: outputs.make_folder(config, name, size))
     loaders = run_loaders(config, images, data, shelf and shelf.cache_for)
     options = {"score_test": score_test, "checkpoints": checkpoints and folder is not None}
-    result, test = train_and_test(config, data, loaders, model, folder, progress or LiveProgress(), **options)
+    with deterministic_algorithms(config.deterministic), outputs.kept_on_failure(folder, config, data, images, model):
+        result, test = train_and_test(config, data, loaders, model, folder, progress or LiveProgress(), **options)
     record = outputs.make_record(config, data, model, result, test, name=name, seconds=time.perf_counter() - started)
     if folder is not None and test is not None and on_main_process():
         outputs.save_outputs(folder, record, data, images, model, result, test)

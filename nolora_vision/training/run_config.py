@@ -158,6 +158,10 @@ class RunConfig:
     seed: int = 0
     """Of initialisation, order, augmentation and subsets."""
 
+    deterministic: bool = False
+    """Use only algorithms that give the same bits in each run on the same machine; on a GPU that costs time. On a
+    processor runs repeat without it."""
+
     output: Path = Path("output/train")
     """Parent of the run's own folder."""
     experiment: str | None = None

@@ -1,4 +1,4 @@
-"""What an epoch of training adds up: loss, top-1, images; read one step late, so that a GPU need not wait for it."""
+"""What an epoch of training adds up: loss, top-1, images; on a GPU read a step late, so that it need not wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nolora_vision.training.consistency import Outcome
-from nolora_vision.training.errors import RunError
+from nolora_vision.training.errors import NotFiniteError
 
 
 class Listener(Protocol):
@@ -21,21 +21,20 @@ class Listener(Protocol):
 
 
 class Numbers:
-    """Two numbers of a step on their way from the device: a read waits for that step, and for nothing queued since."""
+    """Numbers of a step on their way from the device: a read waits for that step, and for nothing queued since."""
 
-    def __init__(self, loss: Tensor, right: Tensor) -> None:
-        both = torch.stack([loss.detach().float(), right.float()])
-        self.values = both.to("cpu", non_blocking=both.is_cuda)
-        self.there = torch.cuda.Event() if both.is_cuda else None
+    def __init__(self, *numbers: Tensor) -> None:
+        together = torch.stack([number.detach().float() for number in numbers])
+        self.values = together.to("cpu", non_blocking=together.is_cuda)
+        self.there = torch.cuda.Event() if together.is_cuda else None
         if self.there is not None:
             self.there.record()
 
-    def read(self) -> tuple[float, float]:
-        """(loss, number of images that were right)."""
+    def read(self) -> list[float]:
+        """The numbers."""
         if self.there is not None:
             self.there.synchronize()
-        loss, right = self.values.tolist()
-        return loss, right
+        return self.values.tolist()
 
 
 class Tally:
@@ -66,36 +65,40 @@ class Tally:
         self.finish()
         return {**{name: getattr(self, name) for name in self.SUMS}, "seconds": self.seconds}
 
-    def add(self, outcome: Outcome, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Note a step whose work is queued, after reading the one before.
+    def add(
+        self, outcome: Outcome, labels: Tensor, optimizer: torch.optim.Optimizer, norm: Tensor | None = None
+    ) -> None:
+        """Note a step whose work is queued, after reading the one before; where nothing is queued, read it, too.
+
+        Args:
+            norm: of the gradient, where the step updates the weights.
 
         Raises:
-            RunError: if the loss of the step before is not finite.
+            NotFiniteError: if the loss or the gradient of what was read is not finite.
         """
         right = (outcome.logits.detach().argmax(-1) == labels).sum()
-        rates = ", ".join(f"{g.get('name', i)} {g['lr']:.2g}" for i, g in enumerate(optimizer.param_groups))
-        now = Numbers(outcome.loss, right), len(labels), rates
+        now = Numbers(outcome.loss, right, *([] if norm is None else [norm])), len(labels), rates_of(optimizer)
         self.finish()
         self.pending = now
         self.passes += outcome.passes * self.processes
+        if now[0].there is None:
+            self.finish()
 
     def finish(self) -> None:
         """Read what is still on its way.
 
         Raises:
-            RunError: if its loss is not finite.
+            NotFiniteError: if its loss or its gradient is not finite.
         """
         if self.pending is None:
             return
         (numbers, n, rates), self.pending = self.pending, None
-        loss, right = numbers.read()
+        loss, right, *norm = numbers.read()
         self.steps += 1
-        if not math.isfinite(loss):
-            raise RunError(
-                f"The loss is {loss} at step {self.steps} of epoch {self.epoch + 1} (learning rates: {rates}). Try a "
-                f"smaller --lr or --head-lr, --clip-grad, or --amp-dtype bfloat16 instead of float16."
-            )
         self.total, self.right, self.read = self.total + loss * n, self.right + right, self.read + n
+        for of, value in [("loss", loss), *(("gradient", value) for value in norm)]:
+            if not math.isfinite(value):
+                raise NotFiniteError(of, value, step=self.steps, epoch=self.epoch + 1, rates=rates)
         self.listener.step(loss=self.loss, top1=self.top1_percent, images_per_s=self.images / self.seconds)
 
     @property
@@ -122,7 +125,12 @@ class Tally:
         """The epoch's batches are done: what comes now is not of its time.
 
         Raises:
-            RunError: if the last loss is not finite.
+            NotFiniteError: if the last loss or gradient is not finite.
         """
         self.finish()
         self.ended = time.perf_counter()
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> str:
+    """The learning rate of each group, in words."""
+    return ", ".join(f"{g.get('name', i)} {g['lr']:.2g}" for i, g in enumerate(optimizer.param_groups))

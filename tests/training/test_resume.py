@@ -125,7 +125,7 @@ def test_the_command_says_how_to_go_on_and_needs_no_more_than_that(
     assert "Stopping after this step" in said and f"Go on: python train.py --resume {folder}\n" in said
     monkeypatch.undo()
     assert main(["--resume", str(folder)]) == 0
-    assert f"Going on at step 6, epoch 2, from {folder}" in capfd.readouterr().out  # the loss is read a step late
+    assert f"Going on at step 5, epoch 2, from {folder}" in capfd.readouterr().out
     assert list(tmp_path.iterdir()) == [folder] and not (folder / "checkpoints").exists()
     record = (folder / "record.json").read_bytes()
     assert main(["--resume", str(folder)]) == 0
@@ -217,7 +217,7 @@ def test_auto_finds_the_unfinished_run_of_this_config_and_else_starts_one(tmp_pa
     other = Path(run(replace(config, seed=1), progress=Silence(), checkpoints=True)["folder"])
     assert other != folder
     record = run(config, progress=Silence(), checkpoints=True)
-    assert Path(record["folder"]) == folder and record["resumed_at_updates"] == [3]
+    assert Path(record["folder"]) == folder and record["resumed_at_updates"] == [2]
     assert Path(run(config, progress=Silence(), checkpoints=True)["folder"]) not in (folder, other)
 
 
