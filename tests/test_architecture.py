@@ -28,7 +28,7 @@ LEAVES = {
     *(f"nolora_vision.training.{name}" for name in ("record", "errors", "neutral", "registry", "table", "vtab")),
 }
 ROOMS = {
-    "accelerate": {"training/engine.py"},
+    "accelerate": {"training/engine.py", "training/processes.py"},
     "datasets": {"training/hub_tables.py"},
     "matplotlib": {"training/figures.py", "benchmark/report_figures.py"},
     "peft": {"methods/peft_layers.py"},

@@ -6,18 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    broadcast_object_list,
-    gather_object,
-    parse_flag_from_env,
-    set_seed,
-)
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,11 +20,11 @@ from nolora_vision.training.errors import RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.health import Guard, collapsed
 from nolora_vision.training.order import start_epoch
+from nolora_vision.training.processes import processes
 from nolora_vision.training.tally import Tally, rates_of
 
 Batches = Iterable[Sequence[Tensor]]
 """(images, labels), or for training (images, labels, indices into the data set)."""
-T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -86,53 +80,6 @@ PLAIN, NO_CHECKPOINTS = Plain(), NoCheckpoints()
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's random numbers, on every device."""
     set_seed(seed)
-
-
-def processes() -> PartialState:
-    """accelerate's view of the processes of this run.
-
-    Asked without a flag, it takes several processes on processors for so many runs of their own, and keeps to that.
-    """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-
-
-def leave_processes() -> None:
-    """End the connections between processes, if there are any, before Python ends.
-
-    A thread of gloo's that lets go of the last message, a Python object, while Python ends aborts the process (torch
-    2.15), and DDP keeps those threads beyond the connections; so they are given the time to let go of it.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        time.sleep(0.2)
-
-
-def on_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return processes().is_main_process
-
-
-def from_main_process(make: Callable[[], T]) -> T:
-    """What `make()` returns on the main process, on every process; the others don't call it.
-
-    Raises:
-        Exception: on every process, what `make` raised on the main one.
-    """
-    outcome: list[Any] = [None]
-    if on_main_process():
-        try:
-            outcome = [make()]
-        except Exception as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
-
-
-def gather_objects(own: Any) -> list[Any]:
-    """What each process has, in their order."""
-    return list(gather_object([own]))
 
 
 def precision_of(amp_dtype: str) -> str:
@@ -230,8 +177,13 @@ def fit(
         result.end_epoch(tally, row | {"lr": optimizer.param_groups[0]["lr"]})
         checkpointer.after_step(None)
         progress.end_epoch(result.history[-1])
-        accelerator.log({k: v for k, v in result.history[-1].items() if k != "epoch"}, step=epoch + 1)
+        log_row(accelerator, result.history[-1])
     return result
+
+
+def log_row(accelerator: Accelerator, row: Mapping[str, float]) -> None:
+    """Tell the trackers of an epoch."""
+    accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
 
 
 def take_step(

@@ -21,9 +21,10 @@ from nolora_vision.training import figures
 from nolora_vision.training.checkpoints import has_checkpoint
 from nolora_vision.training.config_file import as_plain, dump_run_config
 from nolora_vision.training.data import ImageData
-from nolora_vision.training.engine import Evaluation, on_main_process, restore
+from nolora_vision.training.engine import Evaluation, restore
 from nolora_vision.training.errors import NotFiniteError, RunError
 from nolora_vision.training.fit_state import Fit
+from nolora_vision.training.processes import on_main_process
 from nolora_vision.training.progress import print_table
 from nolora_vision.training.record import environment, peak_memory, write_atomic, write_record
 from nolora_vision.training.run_config import RunConfig

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from nolora_vision.training.backbone import (
     training_mode,
 )
 from nolora_vision.training.checkpoints import remove_checkpoints
-from nolora_vision.training.config_file import as_plain, parse_run_config
+from nolora_vision.training.config_file import parse_run_config
 from nolora_vision.training.data import ImageData
 from nolora_vision.training.determinism import deterministic_algorithms
 from nolora_vision.training.engine import (
@@ -42,15 +41,12 @@ from nolora_vision.training.engine import (
     Progress,
     evaluate,
     fit,
-    from_main_process,
-    leave_processes,
     make_accelerator,
-    on_main_process,
     precision_of,
     restore,
     seed_everything,
 )
-from nolora_vision.training.errors import Interrupted, RunError
+from nolora_vision.training.errors import Interrupted, RunError, lost_worker_explained
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.ingredients import (
     build_config_model,
@@ -64,12 +60,14 @@ from nolora_vision.training.ingredients import (
     run_loaders,
 )
 from nolora_vision.training.prepare import prepare
+from nolora_vision.training.processes import from_main_process, leave_processes, on_main_process
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
 from nolora_vision.training.resume import finished_record, folder_to_resume
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.shelf import Shelf
 from nolora_vision.training.snapshot import Snapshot
 from nolora_vision.training.stopping import Checkpointer, StopRequest, saved_if_stopped
+from nolora_vision.training.trackers import begin_trackers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +93,8 @@ def run_and_tell(argv: Sequence[str] | None) -> int:
     except (ConfigError, RunError, InjectionError, CheckpointError) as error:
         if show_traceback:
             raise
-        print(f"train.py: {error}", file=sys.stderr)
+        if not getattr(error, "told_by_main", False):
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -183,16 +182,6 @@ def refuse_unusable(config: RunConfig) -> None:
             raise RunError(f"--{field} {getattr(config, field)}: {str(error).rstrip('.')}.{hint}") from error
 
 
-def make_run_accelerator(config: RunConfig, folder: Path | None) -> Any:
-    """accelerate's view of the machine for a run, its trackers begun."""
-    accelerator = make_accelerator(
-        config.amp_dtype, grad_accum_steps=config.grad_accum_steps, report_to=config.report_to, folder=folder
-    )
-    if config.report_to != "none":
-        accelerator.init_trackers("nolora-vision", config={"config": json.dumps(as_plain(asdict(config)))})
-    return accelerator
-
-
 def train_and_test(
     config: RunConfig,
     data: ImageData,
@@ -210,19 +199,18 @@ def train_and_test(
         loaders: of `run_loaders`: training, validation, test.
         checkpoints: save the state in the folder, and go on from there if it holds any.
     """
-    accelerator = make_run_accelerator(config, folder)
+    accelerator = make_accelerator(
+        config.amp_dtype, grad_accum_steps=config.grad_accum_steps, report_to=config.report_to, folder=folder
+    )
     parts = prepare(config, model, loaders, accelerator)
     objective = objective_of(config, images=len(data.train), gather=accelerator.gather)
     snapshot = Snapshot(model, parts.optimizer, objective, ema=parts.ema, accelerator=accelerator)
     with StopRequest(listen=checkpoints) as stop, progress if on_main_process() else Silence() as told:
         keeper = make_checkpointer(config, folder, snapshot, stop) if checkpoints and folder else NoCheckpoints()
-        with saved_if_stopped(keeper):
+        begin_trackers(accelerator, config, folder, keeper.begin()[0].history)
+        with saved_if_stopped(keeper), lost_worker_explained():
             result = fit(
-                parts.model,
-                parts.optimizer,
-                parts.scheduler,
-                parts.train,
-                parts.val,
+                *parts[:5],
                 accelerator=accelerator,
                 epochs=config.epochs,
                 progress=told,

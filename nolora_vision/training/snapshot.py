@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nolora_vision.training.consistency import Objective
-from nolora_vision.training.engine import gather_objects, restore, trained_copy
+from nolora_vision.training.engine import restore, trained_copy
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.fit_state import Fit
+from nolora_vision.training.processes import gather_objects
 
 Tensors = dict[str, Tensor]
 

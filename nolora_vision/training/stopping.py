@@ -13,9 +13,9 @@ from types import FrameType
 from typing import Any
 
 from nolora_vision.training.checkpoints import read_newest, write_checkpoint
-from nolora_vision.training.engine import from_main_process, on_main_process
 from nolora_vision.training.errors import Interrupted
 from nolora_vision.training.fit_state import Fit
+from nolora_vision.training.processes import from_main_process, on_main_process
 from nolora_vision.training.snapshot import Snapshot
 from nolora_vision.training.tally import Tally
 
@@ -70,11 +70,17 @@ class Checkpointer:
         self.folder, self.snapshot, self.stop = folder, snapshot, stop
         self.steps, self.minutes, self.keep = steps, minutes, keep
         self.fit, self.asked = Fit(), 0
+        self.begun: tuple[Fit, dict[str, float]] | None = None
         self.tally: Tally | None = None
         self.saved_at, self.saved_when = 0, time.monotonic()
 
     def begin(self) -> tuple[Fit, dict[str, float]]:
-        """How far the run is, with the sums of its epoch so far: from the newest checkpoint, if there is one."""
+        """How far the run is, with the sums of its epoch so far: from the newest checkpoint, if there is one.
+
+        Asked again, it says the same and changes nothing.
+        """
+        if self.begun is not None:
+            return self.begun
         found, complaints = read_newest(self.folder)
         for complaint in complaints:
             say(complaint)
@@ -84,7 +90,8 @@ class Checkpointer:
             self.fit.resumed_at.append(self.fit.updates)
             self.saved_at = self.fit.updates
             say(f"Going on at step {self.fit.updates}, epoch {self.fit.epochs + 1}, from {found.path}.")
-        return self.fit, sums
+        self.begun = self.fit, sums
+        return self.begun
 
     def after_step(self, tally: Tally | None) -> None:
         """An optimizer step, or a whole epoch (None), is done: save if it is time.

@@ -310,7 +310,8 @@ sys.path[:0] = [{root!r}]
 import nolora_vision, timm
 from tests.training.test_consistency import Rows, Noisy
 from nolora_vision.training.consistency import Previous, Twice
-from nolora_vision.training.engine import fit, leave_processes, make_accelerator, seed_everything
+from nolora_vision.training.engine import fit, make_accelerator, seed_everything
+from nolora_vision.training.processes import leave_processes
 from nolora_vision.training.progress import Silence
 
 accelerator = make_accelerator("none")

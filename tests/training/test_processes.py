@@ -1,7 +1,9 @@
 """Two processes compute what one does with the same images in a step, and go on together where they were stopped."""
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from nolora_vision.training.progress import Silence
+from nolora_vision.training.run import main
 
 ROOT = Path(__file__).parents[2]
 ARGS = [
@@ -45,7 +50,8 @@ def trained(folder: Path, processes: int, *args: str) -> tuple[dict, dict[str, t
 
 LEAVES = """
 import torch
-from nolora_vision.training.engine import leave_processes, make_accelerator
+from nolora_vision.training.engine import make_accelerator
+from nolora_vision.training.processes import leave_processes
 
 def train():
     model = make_accelerator("none").prepare(torch.nn.Linear(3, 3))
@@ -96,3 +102,52 @@ def test_two_processes_are_one_and_go_on_together(tmp_path: Path) -> None:
     assert len(part["resumed_at_updates"]) == 1 and part["resumed_at_updates"][0] < 240
     assert all(torch.equal(others[name], value) for name, value in weights.items())
     assert part["metrics"]["test_loss"] == whole["metrics"]["test_loss"]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux shows them")
+def test_a_process_that_is_killed_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    place = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "60", "-b", "8", "--validate-every", "0"]
+    place += ["--checkpoint-steps", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command(2, *place), env=environment, stdout=out, stderr=subprocess.STDOUT)
+        while "epoch 2/60" not in log.read_text() and process.poll() is None:
+            time.sleep(0.02)
+        workers = children(process.pid)
+        assert len(workers) == 2, log.read_text()
+        os.kill(workers[1], signal.SIGKILL)
+        assert process.wait() != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert "SIGKILL" in log.read_text()
+    record, _ = trained(tmp_path / "run", 2, *place, "--resume", "auto")
+    assert record["resumed_at_updates"][0] >= 4
+
+
+class KillsLoaders(Silence):
+    """Kills the processes that load images, after some steps."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def step(self, **_: object) -> None:  # type: ignore[override]
+        self.left -= 1
+        for process in multiprocessing.active_children() if self.left == 0 else ():
+            os.kill(process.pid or 0, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_process_that_loads_images_and_dies_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nolora_vision.training.run.LiveProgress", lambda: KillsLoaders(3))
+    place = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "40", "-b", "8", "--checkpoint-steps", "2"]
+    assert main([*ARGS, *place]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"A process that loads images died \(DataLoader worker .*killed.*\).*--workers 1", said), said
+    monkeypatch.undo()
+    assert main(["--resume", str(tmp_path / "run")]) == 0
