@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint survey bench clean
+.PHONY: help demo test lint audit survey bench clean
 
 help:
 	@echo "make demo    the main job on digits, without a network (about two minutes)"
 	@echo "make test    install everything into $(VENV) if needed, and run the tests"
 	@echo "make lint    ruff and pyright"
+	@echo "make audit   known vulnerabilities of what is installed (needs a network)"
 	@echo "make survey  inject into every timm architecture (slow)"
 	@echo "make bench   time and memory of adapters against the frozen model and PEFT (slow; wants a quiet machine)"
 	@echo "make clean   remove $(VENV) and caches"
@@ -28,6 +29,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+audit: $(VENV)/.installed
+	$(BIN)/python .ci/audit
 
 survey: $(VENV)/.installed
 	$(BIN)/python -m nolora_vision.benchmark.survey
