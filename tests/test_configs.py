@@ -20,7 +20,8 @@ from nolora_vision.training.vtab import VTAB_TASKS
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(SWEEPS))
+LAUNCH = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {*SWEEPS, *LAUNCH})
 BY_FOLDER = {"configs": 2, "configs/suite/vit_base": 72, "configs/suite/vit_large": 72, "configs/vtab": 5}
 TRAINED: dict[str, list[str]] = {}
 IN_A_SUITE = [path for path in SWEEPS if path.stem.startswith(("suite_", "vtab1k"))]
@@ -130,3 +131,12 @@ def test_the_sweep_of_vtab_runs_its_recipes_on_all_tasks() -> None:
         found = final_run(sweep, method, "vtab:cifar").config
         same = replace(found, vtab_root=None, train_on="train_val", lr=config.lr, head_lr=config.head_lr)
         assert same == config and found.train_on == "train"
+
+
+@pytest.mark.parametrize("path", LAUNCH, ids=name)
+def test_accelerate_takes_its_configs(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == {"fsdp": "FSDP", "deepspeed_zero2": "DEEPSPEED"}[path.stem]
+    assert f"--config_file configs/accelerate/{path.name}" in path.read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.health import Guard, collapsed
 from nolora_vision.training.order import start_epoch
 from nolora_vision.training.processes import processes
+from nolora_vision.training.sharded import split_like, whole
 from nolora_vision.training.tally import Tally, rates_of
 
 Batches = Iterable[Sequence[Tensor]]
@@ -238,7 +239,7 @@ def trained_copy(model: nn.Module, source: nn.Module) -> dict[str, Tensor]:
     values = dict(source.state_dict())
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     names += [name for name, _ in model.named_buffers() if name in values]
-    return {name: values[name].detach().cpu().clone() for name in names}
+    return {name: whole(values[name].detach()).cpu().clone() for name in names}
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -246,4 +247,4 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, value in state.items():
-            own[name].copy_(value)
+            own[name].copy_(split_like(value, own[name]))

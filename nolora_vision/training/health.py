@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from nolora_vision.training.consistency import Batch, Objective
 from nolora_vision.training.errors import NotFiniteError, RunError
 from nolora_vision.training.fit_state import Fit
+from nolora_vision.training.sharded import is_sharded, own_part, whole
 from nolora_vision.training.tally import rates_of
 
 SMALLEST_LOSS_SCALE = 1.0
@@ -38,8 +39,9 @@ class Guard:
         self.bare, self.accelerator, self.clip_grad = bare, accelerator, clip_grad
         self.whole = accelerator.num_processes == 1 or isinstance(model, DistributedDataParallel)
         self.inner = getattr(optimizer, "optimizer", optimizer)
-        self.can_skip = accelerator.scaler is None and getattr(self.inner, "_step_supports_amp_scaling", False)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        fused = getattr(self.inner, "_step_supports_amp_scaling", False)
+        self.can_skip = fused and accelerator.scaler is None and not is_sharded(model)
         self.tripped: Tensor | None = None
         self.batch: Batch | None = None
 
@@ -60,6 +62,7 @@ class Guard:
             norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained, self.clip_grad))
         else:
             norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        norm = whole(norm)
         if self.accelerator.scaler is not None:
             return None
         if self.can_skip:
@@ -92,7 +95,7 @@ class Guard:
         try:
             yield
         except NotFiniteError as error:
-            error.fit, error.weights_kept = fit, all(bool(p.isfinite().all()) for p in self.trained)
+            error.fit, error.weights_kept = fit, all(bool(own_part(p).isfinite().all()) for p in self.trained)
             error.where = self._where(objective) if self.whole else None
             raise error from None
 

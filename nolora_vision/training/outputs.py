@@ -28,6 +28,7 @@ from nolora_vision.training.processes import on_main_process
 from nolora_vision.training.progress import print_table
 from nolora_vision.training.record import environment, peak_memory, write_atomic, write_record
 from nolora_vision.training.run_config import RunConfig
+from nolora_vision.training.sharded import is_sharded
 
 FAILURE = "failure.json"
 MOST_SHOWN = 10
@@ -204,7 +205,9 @@ def save_failure(
         error: is told what is kept, for its message.
     """
     fit: Fit = error.fit
-    if fit.best_state:
+    if is_sharded(model):  # the other processes are leaving, and hold parts of it
+        kept = None
+    elif fit.best_state:
         restore(model, fit.best_state)
         kept = f"the adapter of epoch {fit.best_epoch} (validation top-1 {fit.best_val_top1_percent:.2f} %)"
     elif error.weights_kept and (error.epoch, error.step) > (1, 1):

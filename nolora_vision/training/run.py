@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ from nolora_vision.training.processes import from_main_process, leave_processes,
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
 from nolora_vision.training.resume import finished_record, folder_to_resume
 from nolora_vision.training.run_config import RunConfig
+from nolora_vision.training.sharded import is_sharded
 from nolora_vision.training.shelf import Shelf
 from nolora_vision.training.snapshot import Snapshot
 from nolora_vision.training.stopping import Checkpointer, StopRequest, saved_if_stopped
@@ -135,13 +137,13 @@ def run(
     refuse_wrong_size(model, images["input_size"])
     apply_method(model, config.method, config.adapter, options=config.method_options)
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
-    size, folder = images["input_size"][-1], None
-    if keep and score_test:
-        folder = old or from_main_process(lambda: outputs.make_folder(config, name, size))
+    new = partial(outputs.make_folder, config, name, images["input_size"][-1])
+    folder = old or from_main_process(new) if keep and score_test else None
     loaders = run_loaders(config, images, data, shelf and shelf.cache_for)
     options = {"score_test": score_test, "checkpoints": checkpoints and folder is not None}
     with deterministic_algorithms(config.deterministic), outputs.kept_on_failure(folder, config, data, images, model):
         result, test = train_and_test(config, data, loaders, model, folder, progress or LiveProgress(), **options)
+    model = rebuilt(config, len(data.class_names), result) if is_sharded(model) else model
     record = outputs.make_record(config, data, model, result, test, name=name, seconds=time.perf_counter() - started)
     if folder is not None and test is not None and on_main_process():
         outputs.save_outputs(folder, record, data, images, model, result, test)
@@ -149,6 +151,14 @@ def run(
         if progress is None:
             outputs.show(record, folder)
     return {**record, "folder": folder and str(folder), "history": result.history}
+
+
+def rebuilt(config: RunConfig, num_classes: int, result: Fit) -> nn.Module:
+    """The trained model once more, with whole parameters: one process cannot save those that FSDP has split."""
+    model = build_config_model(config, num_classes)
+    apply_method(model, config.method, config.adapter, options=config.method_options)
+    restore(model, result.best_state)
+    return model
 
 
 def load(config: RunConfig, shelf: Shelf | None, *, quiet: bool) -> tuple[ImageData, nn.Module]:

@@ -18,6 +18,7 @@ from nolora_vision.training.engine import restore, trained_copy
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.processes import gather_objects
+from nolora_vision.training.sharded import split_like, whole
 
 Tensors = dict[str, Tensor]
 
@@ -73,7 +74,7 @@ class Snapshot:
             "scaler": None if scaler is None else scaler.state_dict(),
             "processes": processes,
         }
-        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, facts
+        return {name: whole(value.detach()).cpu().contiguous() for name, value in tensors.items()}, facts
 
     def put(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> tuple[Fit, dict[str, float]]:
         """Put the state back; returns how far the run was, and the sums of this process.
@@ -99,9 +100,12 @@ class Snapshot:
 
     def _optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
         state: dict[int, dict[str, Any]] = {}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         for key, value in {**_under(tensors, "optimizer/"), **_under(facts["numbers"], "optimizer/")}.items():
             index, name = key.split("/", 1)
-            state.setdefault(int(index), {})[name] = value
+            p = trained[int(index)]
+            like_p = isinstance(value, Tensor) and value.shape == p.shape
+            state.setdefault(int(index), {})[name] = split_like(value, p) if like_p else value
         groups = [dict(group) for group in facts["groups"]]
         for group, now in zip(groups, self.optimizer.param_groups, strict=True):  # JSON knows no tuples
             group |= {name: tuple(v) for name, v in group.items() if isinstance(now.get(name), tuple)}
