@@ -1,7 +1,8 @@
 """A stand-in of the Hugging Face Hub on loopback: models in memory, for the real client to write to and read from, and
 datasets to read.
 
-One account, private repositories, branches, tags and commits, and faults on demand; no LFS, xet, redirects or pages.
+One account, private repositories, branches, tags and commits, ranges, and faults on demand; no xet, redirects or pages.
+Weights and tables are known by their SHA-256, as the Hub knows what is kept in LFS; uploads know no LFS.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ API = re.compile(
 )
 RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/(?P<verb>resolve)/(?P<rev>[^/]+)/(?P<path>.+)")
 WRITES = ("preupload", "commit", "branch")
+LFS = (".safetensors", ".parquet")
 
 Files = dict[str, bytes]
 
@@ -33,6 +35,11 @@ Files = dict[str, bytes]
 def git_id(content: bytes, kind: str = "blob") -> str:
     """What git calls an object."""
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).hexdigest()
+
+
+def file_id(path: str, content: bytes) -> str:
+    """What the Hub calls a file's content: the ETag, and so its name in the client's cache."""
+    return hashlib.sha256(content).hexdigest() if path.endswith(LFS) else git_id(content)
 
 
 @dataclass
@@ -59,14 +66,32 @@ class Repo:
 class Faults:
     """What goes wrong, while it is set."""
 
+    where: str = ""
+    """Only requests whose path contains this have a fault."""
+    times: int | None = None
+    """After so many answers with a fault there is none any more."""
     status: int | None = None
     """Every answer has this status."""
+    page: bool = False
+    """Every answer is a web page, as in a hotel that wants a room number first."""
     cut_after: int | None = None
     """The connection drops after so many bytes of a file's body."""
+    stall_s: float = 0.0
+    """Every body pauses in its middle, or where it is cut."""
+    short_by: int = 0
+    """Files lack so many bytes at their end, and the server believes that this is all."""
     wrong_bytes: tuple[str, ...] = ()
     """These files come with one byte altered."""
     delay_s: float = 0.0
     """Every answer waits."""
+
+    def strike(self, path: str, *, counts: bool = True) -> Faults:
+        """The faults of one answer."""
+        if self.where not in path or self.times == 0:
+            return Faults()
+        if counts and self.times is not None:
+            self.times -= 1
+        return self
 
 
 class Refusal(Exception):
@@ -78,7 +103,7 @@ class Refusal(Exception):
 
 
 class HubServer(ThreadingHTTPServer):
-    """Repositories by id (`owner/name`, `datasets/owner/name`), faults, and the requests so far as `METHOD path`."""
+    """Repositories by id (`owner/name`, `datasets/owner/name`), faults, and the requests: `METHOD path range`."""
 
     daemon_threads = True
 
@@ -101,11 +126,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer, or refuse in the Hub's words."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.requests.append(f"{self.command} {self.path}")
-        threading.Event().wait(self.server.faults.delay_s)
+        part = self.headers.get("Range", "")
+        self.server.requests.append(f"{self.command} {self.path} {part}".strip())
+        faults = self.server.faults
+        faults = faults.strike(self.path, counts=bool(faults.status or faults.page))
+        threading.Event().wait(faults.delay_s)
         try:
-            if self.server.faults.status:
-                raise Refusal(self.server.faults.status)
+            if faults.status:
+                raise Refusal(faults.status)
+            if faults.page:
+                return self.send(b"<html>Welcome! Your room number?</html>", 200, {"Content-Type": "text/html"})
             self.route(urlsplit(self.path).path, body)
         except Refusal as refusal:
             self.send(json.dumps(refusal.content).encode(), refusal.status, {"X-Error-Code": refusal.code})
@@ -176,21 +206,32 @@ class Handler(BaseHTTPRequestHandler):
         if path not in repo.commits[commit]:
             return self.send(b"{}", 404, {"X-Error-Code": "EntryNotFound", **headers})
         content = repo.commits[commit][path]
-        etag = f'"{git_id(content)}"'
-        if path in self.server.faults.wrong_bytes:
+        headers |= {"ETag": f'"{file_id(path, content)}"', "Accept-Ranges": "bytes"}
+        faults = self.server.faults.strike(self.path, counts=self.command == "GET")
+        content = content[: len(content) - faults.short_by]
+        if path in faults.wrong_bytes:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        self.send(content, 200, {"ETag": etag, **headers}, cut_after=self.server.faults.cut_after)
+        start, status = 0, 200
+        if self.command == "GET" and (asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
+            start, status = int(asked[1]), 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.send(content[start:], status, headers, cut_after=faults.cut_after, stall_s=faults.stall_s)
 
     def send_json(self, value: Any) -> None:
         self.send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
 
-    def send(self, body: bytes, status: int, headers: dict[str, str], cut_after: int | None = None) -> None:
+    def send(
+        self, body: bytes, status: int, headers: dict[str, str], cut_after: int | None = None, stall_s: float = 0.0
+    ) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:cut_after])
+            first = cut_after if cut_after is not None else len(body) // 2
+            self.wfile.write(body[:first])
+            threading.Event().wait(stall_s)
+            self.wfile.write(body[first:] if cut_after is None else b"")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on the terminal of the tests."""
@@ -198,7 +239,11 @@ class Handler(BaseHTTPRequestHandler):
 
 def tree_of(files: Files, folder: str, *, recursive: bool) -> list[dict[str, Any]]:
     """Files and folders below a folder, as the Hub lists them."""
-    entries = [{"type": "file", "path": p, "size": len(c), "oid": git_id(c)} for p, c in files.items()]
+    entries: list[dict[str, Any]] = []
+    for path, content in files.items():
+        entry = {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
+        lfs = {"oid": file_id(path, content), "size": len(content), "pointerSize": 134}
+        entries.append(entry | ({"lfs": lfs} if path.endswith(LFS) else {}))
     folders = {parent.as_posix() for path in files for parent in PurePosixPath(path).parents} - {"."}
     entries += [{"type": "directory", "path": path, "oid": git_id(path.encode(), "tree")} for path in sorted(folders)]
     start = f"{folder}/" if folder else ""

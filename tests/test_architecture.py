@@ -29,7 +29,7 @@ LEAVES = {
 }
 ROOMS = {
     "accelerate": {"training/engine.py", "training/processes.py"},
-    "datasets": {"training/hub_tables.py"},
+    "datasets": {"training/hub_dataset.py"},
     "matplotlib": {"training/figures.py", "benchmark/report_figures.py"},
     "peft": {"methods/peft_layers.py"},
     "triton": {"kernels/triton_formulas.py", "kernels/triton_kernels.py", "kernels/triton_stages.py"},

@@ -19,8 +19,10 @@ from nolora_vision.adapters.adapter_files import (
     CheckpointError,
     CorruptAdapterError,
 )
+from nolora_vision.adapters.backbone_weights import create_model
 from nolora_vision.adapters.card import full_name
 from nolora_vision.adapters.checkpoint import apply_adapter
+from nolora_vision.adapters.hub_trouble import advice_for, reason_of
 from nolora_vision.adapters.model_kwargs import plain_kwargs
 from nolora_vision.surgery.wrappers import bare_state
 
@@ -64,18 +66,18 @@ def build_backbone(
     if weights is not None:
         kwargs["pretrained_cfg_overlay"] = {"file": str(weights), "num_classes": -1}  # with whatever classifier
     try:
-        return timm.create_model(name, pretrained=not whole, num_classes=config["num_classes"], **kwargs)
+        return create_model(name, pretrained=not whole, num_classes=config["num_classes"], **kwargs)
     except Exception as error:  # clients raise many kinds for a failed download
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        reason = reason_of(error)
         if "loading state_dict" in reason:
             raise AdapterMismatchError(
                 f"timm's weights of {name} do not fit the model that {source} describes, {dict(kwargs)} ({reason}). "
                 f"Pass the backbone: from_pretrained(..., model=...)."
             ) from error
         raise AdapterNotFoundError(
-            f"{source} is sound, but the weights of its backbone {name} could not be loaded ({reason}). If the Hub "
-            f"cannot be reached, try again, or set HF_ENDPOINT to a mirror; if timm has no such weights, pass the "
-            f"backbone with your own: from_pretrained(..., model=...)."
+            f"{source} is sound, but the weights of its backbone {name} could not be loaded ({reason}). "
+            f"{advice_for(error)} And if timm has no such weights, pass the backbone with your own: "
+            f"from_pretrained(..., model=...)."
         ) from error
 
 

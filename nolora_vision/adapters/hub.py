@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Callable
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,15 +17,19 @@ from nolora_vision.adapters.adapter_files import (
     WEIGHTS_FILE,
     AdapterNotFoundError,
     CheckpointError,
+    CorruptAdapterError,
     parse_weights,
     read_adapter_files,
     read_weight_bytes,
 )
 from nolora_vision.adapters.checkpoint import save_adapter
+from nolora_vision.adapters.hub_cache import DamagedDownloadError, cached_files, cached_models, fetch_whole
+from nolora_vision.adapters.hub_trouble import NO_HUB, advice_for, reason_of, status_of, telling
 from nolora_vision.adapters.peft_format import is_peft
 from nolora_vision.adapters.whole_directory import whole_directory
 
 FILES = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE)
+BUSY, WAITS_S = (429, 500, 502, 503, 504), (1, 2, 4)
 WANTED = "Wanted a directory written by nolora_vision.save_adapter, or the id of one on the Hub (owner/name)."
 
 
@@ -31,6 +38,7 @@ def find_adapter(source: str | Path, *, revision: str | None = None) -> Path:
 
     Raises:
         AdapterNotFoundError: if it is neither a directory nor a repository with an adapter, or cannot be downloaded.
+        CorruptAdapterError: if it comes damaged, twice.
     """
     directory = local_directory(source)
     if directory is None:
@@ -67,7 +75,10 @@ def _download(source: str | Path, revision: str | None) -> Path:
     if not isinstance(source, str) or source.count("/") > 1 or source.startswith((".", "~", "/")):
         raise AdapterNotFoundError(f"{source} does not exist. {WANTED}")
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
+        folder = fetch_whole(
+            lambda: Path(_patiently(lambda: snapshot_download(source, revision=revision, allow_patterns=list(FILES)))),
+            lambda: [path for path in cached_files(source, "model", revision) if path.name in FILES],
+        )
     except Exception as error:  # clients raise many kinds
         _refuse(source, revision, error)
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
@@ -80,29 +91,46 @@ def _download(source: str | Path, revision: str | None) -> Path:
     return folder
 
 
+def _patiently(ask: Callable[[], str]) -> str:
+    """Ask again while the Hub is busy: the client does so where it asks for a file, but not where it asks which are."""
+    for seconds in WAITS_S:
+        try:
+            return ask()
+        except Exception as error:
+            response: Any = getattr(telling(error), "response", None)
+            if status_of(error) not in BUSY or "/api/" not in str(response.url):
+                raise
+            time.sleep(seconds)
+    return ask()
+
+
 def _refuse(source: str, revision: str | None, error: Exception) -> NoReturn:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.HFValidationError):
-        text = f"{source} is neither a directory nor a Hub id ({_reason(error)}). {WANTED}"
+        text = f"{source} is neither a directory nor a Hub id ({reason_of(error)}). {WANTED}"
     elif isinstance(error, errors.RevisionNotFoundError):
         text = f"{source} on the Hub has no revision {revision!r}. Pass one of its branches, tags or commits, or none."
-    elif isinstance(error, errors.RepositoryNotFoundError) or _status(error) in (401, 403):
+    elif isinstance(error, errors.RepositoryNotFoundError) or status_of(error) in (401, 403):
         text = (
             f"{source} is no directory here, and {constants.ENDPOINT} has no such repository, or it is private or "
             f"gated. {WANTED} For a private one log in with `hf auth login`, or set HF_TOKEN."
         )
+    elif isinstance(error, DamagedDownloadError):
+        text = f"{source} could not be loaded from {constants.ENDPOINT} ({reason_of(error)}). {advice_for(error)}"
+        raise CorruptAdapterError(text) from error
     elif isinstance(error.__cause__, errors.OfflineModeIsEnabled):
         at = f" at revision {revision!r}" if revision else ""
         text = (
-            f"{source} is no directory here and not whole in the cache {constants.HF_HUB_CACHE}{at}, and "
-            f"HF_HUB_OFFLINE is set. Unset it; or run `hf download {source} --local-dir DIR` on a machine with "
-            f"internet, and pass the copied directory."
+            f"{source} is no directory here and not whole in the cache {constants.HF_HUB_CACHE}{at} (adapters there: "
+            f"{', '.join(cached_models(adapters=True)) or 'none'}), and HF_HUB_OFFLINE is set. Unset it; or run "
+            f"`hf download {source} --local-dir DIR` on a machine with internet, and pass the copied directory."
         )
     else:
+        advice = NO_HUB if isinstance(error, JSONDecodeError) else advice_for(error)
         text = (
-            f"{source} is no directory here, and could not be downloaded from {constants.ENDPOINT} ({_reason(error)}). "
-            f"Try again; where the Hub cannot be reached set HF_ENDPOINT to a mirror, or pass a local directory."
+            f"{source} is no directory here, and could not be downloaded from {constants.ENDPOINT} "
+            f"({reason_of(error)}). {advice} Or pass a local directory."
         )
     raise AdapterNotFoundError(text) from error
 
@@ -191,7 +219,7 @@ def _upload(files: list[Path], repo_id: str, *, private: bool | None, revision: 
         )
     except Exception as error:  # clients raise many kinds
         raise CheckpointError(
-            f"The adapter could not be uploaded to {api.endpoint}/{repo_id} ({_reason(error)}). {_advice(error)}"
+            f"The adapter could not be uploaded to {api.endpoint}/{repo_id} ({reason_of(error)}). {_advice(error)}"
         ) from error
     return str(commit.commit_url)
 
@@ -201,18 +229,6 @@ def _advice(error: Exception) -> str:
 
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "Unset HF_HUB_OFFLINE, or see what would be uploaded with dry_run=True."
-    if _status(error) in (401, 403, 404):
+    if status_of(error) in (401, 403, 404):
         return "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write to this repository."
     return "Call it again: a commit appears whole or not at all, and files that are there already are not sent twice."
-
-
-def _status(error: Exception) -> int | None:
-    """The HTTP status that an exception, or its cause, is about."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    return getattr(response, "status_code", None)
-
-
-def _reason(error: Exception) -> str:
-    """An exception in one line."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return f"{type(error).__name__}: {text}"[:300]

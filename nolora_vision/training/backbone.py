@@ -14,7 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nolora_vision import hold_frozen
-from nolora_vision.training.errors import RunError, hub_advice
+from nolora_vision.adapters.backbone_weights import create_model
+from nolora_vision.adapters.hub_cache import cached_models
+from nolora_vision.adapters.hub_trouble import hub_trouble
+from nolora_vision.training.errors import RunError
 
 
 def build_model(
@@ -46,7 +49,7 @@ def build_model(
             raise RunError(f"--pretrained-path {pretrained_path} is no file. Wanted a .safetensors file of weights.")
         options["pretrained_cfg_overlay"] = {"file": str(pretrained_path), "num_classes": -1}  # any classifier
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+        model = create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
         raise RunError(f"{name} does not take {', '.join(options)} ({error}). Leave it out.") from error
     except RuntimeError as error:
@@ -55,7 +58,9 @@ def build_model(
         raise
     except Exception as error:
         instead = "Or train from scratch with --no-pretrained."
-        raise hub_advice(f"The weights of {name}", "model", error, instead=instead) from error
+        cached = cached_models(adapters=False)
+        text = hub_trouble(f"The weights of {name}", "model", error, cached=cached, instead=instead)
+        raise RunError(text) from error
     if grad_checkpointing:
         try:
             model.set_grad_checkpointing()  # type: ignore[operator]

@@ -82,32 +82,3 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, folder: Path, *, saved: bool = True) -> None:
         super().__init__()
         self.number, self.folder, self.saved = number, folder, saved
-
-
-def hub_advice(what: str, kind: str, error: BaseException, *, instead: str) -> RunError:
-    """The one message for something that could not be had from the Hub: why, what is cached, what to do.
-
-    Args:
-        what: the thing, as the user called it.
-        kind: model or dataset.
-        instead: what would work without the Hub.
-    """
-    reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    cached = cached_repositories(kind)
-    return RunError(
-        f"{what} could not be loaded from the Hugging Face Hub ({reason}).\n"
-        f"In the cache: {', '.join(cached) if cached else f'no {kind}s'}.\n"
-        f"Without internet: set HF_ENDPOINT to a mirror, or copy the cache (HF_HOME) of a machine that has it here and "
-        f"set HF_HUB_OFFLINE=1. {instead}"
-    )
-
-
-def cached_repositories(kind: str) -> list[str]:
-    """Names of the models or datasets in the Hub's cache on this machine."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == kind)
-    except (CacheNotFound, OSError):
-        return []

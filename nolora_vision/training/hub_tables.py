@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import RevisionNotFoundError
 from PIL import Image
 
-from nolora_vision.training.errors import LEAVE_OUT, ImageError, RunError, hub_advice
+from nolora_vision.training.errors import LEAVE_OUT, ImageError, RunError
+from nolora_vision.training.hub_dataset import commit_of, datasets_library, fetch_dataset
 from nolora_vision.training.images import as_rgb
 from nolora_vision.training.label_checks import refuse_labels
 from nolora_vision.training.registry import REGISTRY
@@ -33,7 +33,7 @@ def load_from_hub(
     known = REGISTRY.get(name)
     hub_id, revision = (known.id, revision or known.revision) if known else (name, revision or "main")
     keys = (image_key or (known and known.image), label_key or (known and known.label))
-    splits = fetch(hub_id, revision)
+    splits = fetch_dataset(hub_id, revision)
     tables = tables_of(splits, *keys, hub_id, test_split)
     got = len(tables["train"].class_names)
     if known is not None and label_key in (None, known.label) and got != known.num_classes:
@@ -46,40 +46,9 @@ def load_from_hub(
     return tables, about | ({"crop_pct": known.crop_pct} if known is not None and known.crop_pct else {})
 
 
-def fetch(hub_id: str, revision: str) -> Mapping[str, Any]:
-    """All splits of a dataset of the Hub, downloaded or from the cache.
-
-    Raises:
-        RunError: if it does not exist or cannot be had now.
-    """
-    datasets = _datasets()
-    instead = "Or use --dataset digits (needs no network) or a local folder of images."
-    try:
-        return datasets.load_dataset(hub_id, revision=revision)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        absent = isinstance(error.__cause__, RevisionNotFoundError)
-        if isinstance(error.__cause__, (ConnectionError, OSError)) and not absent:
-            raise hub_advice(f"Dataset {hub_id}", "dataset", error, instead=instead) from error
-        raise RunError(
-            f"Dataset {hub_id!r} does not exist on the Hub, or is private, or has no revision {revision!r}. Check its "
-            f"name, log in with `hf auth login`, or use one of {', '.join(('digits', *REGISTRY))}."
-        ) from error
-    except Exception as error:  # clients raise many kinds for a failed download
-        raise hub_advice(f"Dataset {hub_id}", "dataset", error, instead=instead) from error
-
-
-def commit_of(splits: Mapping[str, Any]) -> str | None:
-    """The Hub's commit that was loaded: the library names the folders of its cache by it."""
-    for rows in splits.values():
-        for file in getattr(rows, "cache_files", ()):
-            if re.fullmatch("[0-9a-f]{40}", commit := Path(file["filename"]).parent.name):
-                return commit
-    return None
-
-
 def load_saved(path: Path) -> Mapping[str, Any]:
     """The splits of a folder that `save_to_disk` wrote."""
-    loaded = _datasets().load_from_disk(str(path))
+    loaded = datasets_library().load_from_disk(str(path))
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
 
@@ -89,7 +58,7 @@ def read_files(files: Sequence[Path], root: Path) -> Mapping[str, Any]:
     Raises:
         RunError: if they cannot be read.
     """
-    datasets = _datasets()
+    datasets = datasets_library()
     kind = files[0].suffix.removeprefix(".")
     if kind not in {"parquet", "arrow"}:
         raise RunError(
@@ -193,12 +162,3 @@ def _label_column(features: Mapping[str, Any], where: str) -> str:
 
 def _ask(what: str, candidates: Iterable[str], where: str) -> str:
     return f"Which column of {where} is the {what} cannot be told. Choose with --{what}-key: {', '.join(candidates)}."
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise RunError("This dataset needs the datasets library: pip install 'datasets>=4'.") from error
-    datasets.disable_progress_bars()
-    return datasets
