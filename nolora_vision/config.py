@@ -42,7 +42,8 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message lists every problem found, one per line."""
 
     def __init__(self, owner: str, problems: Iterable[str]) -> None:
-        self.owner, self.problems = owner, tuple(problems)
+        self.owner = owner
+        self.problems = tuple(p if isinstance(p, Problem) else Problem(p) for p in problems)
         super().__init__(f"{owner} is not usable:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
 
 

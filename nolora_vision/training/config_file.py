@@ -115,13 +115,13 @@ def _args_of_the_run(resume: str | None) -> Path | None:
     return path if resume and path.is_file() else None
 
 
-def _config_of(file: YamlFile | None, flags: Flags | None, unread: Sequence[str] = ()) -> RunConfig:
+def _config_of(file: YamlFile | None, flags: Flags | None, unread: Sequence[Problem] = ()) -> RunConfig:
     """The config of a file and of flags over it.
 
     Args:
         unread: why the file could not be read; what is wrong between fields is not known then.
     """
-    said = [*map(Problem, unread), *(file.problems if file else ()), *(flags.problems if flags else ())]
+    said = [*unread, *(file.problems if file else ()), *(flags.problems if flags else ())]
     try:
         config = make_run_config(_values(file, flags), owner="RunConfig")
     except ConfigError as error:
@@ -133,7 +133,8 @@ def _config_of(file: YamlFile | None, flags: Flags | None, unread: Sequence[str]
             return config
     own = "the command line" if file else "The command line"
     sources = [*([str(file.path)] if file else []), *([own] if flags and flags.any else [])]
-    raise ConfigError(" with ".join(sources), [problem + _place(problem, file, flags) for problem in said])
+    placed = [Problem(problem + _place(problem, file, flags), *problem.fields) for problem in said]
+    raise ConfigError(" with ".join(sources), placed)
 
 
 def _values(file: YamlFile | None, flags: Flags | None) -> dict[Any, Any]:

@@ -114,9 +114,9 @@ def kinds_of(cls: type) -> Mapping[str, Any]:
 def must_be(name: str, value: object, kind: Any) -> Problem:
     """That a field's value is none for it."""
     hint = did_you_mean(value, _choices(kind)) if isinstance(value, str) else ""
-    most = LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT
-    large = f", {most:,} at most" if isinstance(value, (int, float)) and abs(value) > most else ""
-    return Problem(f"{name} must be {in_words(kind)}{large}, got {shown(value)}.{hint}", name)
+    words, most = in_words(kind), LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT
+    too_large = "number" in words and isinstance(value, (int, float)) and abs(value) > most
+    return Problem(f"{name} must be {words}{f', {most:,} at most' * too_large}, got {shown(value)}.{hint}", name)
 
 
 def in_words(kind: Any) -> str:
@@ -158,13 +158,15 @@ def _taker(kind: Any) -> Callable[[Any], Any]:
     nested = next((part for part in parts if isinstance(part, type) and is_dataclass(part)), None)
     if nested is not None:
         whole = TypeAdapter(InstanceOf[nested] | None if types.NoneType in parts else InstanceOf[nested])  # type: ignore[valid-type]
-        return lambda value: (
-            from_mapping(nested, value, "") if isinstance(value, Mapping) else whole.validate_python(value)
-        )
-    take = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python  # true is no number
-    return (
-        (lambda value: take(tuple(value) if isinstance(value, list) else value)) if get_origin(kind) is tuple else take
-    )
+
+        def made(value: Any) -> Any:
+            return from_mapping(nested, value, "") if isinstance(value, Mapping) else whole.validate_python(value)
+
+        return made
+    strict = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))  # true is no number, "3" neither
+    if get_origin(kind) is tuple:
+        return lambda value: strict.validate_python(tuple(value) if isinstance(value, list) else value)
+    return strict.validate_python
 
 
 def _choices(kind: Any) -> list[str]:
@@ -175,14 +177,14 @@ def _choices(kind: Any) -> list[str]:
 
 
 def _bounds(constraints: Sequence[Any]) -> str:
-    words = {Ge: "of at least", Gt: "above", Le: "at most", Lt: "below"}
-    bounds = []
-    for constraint in constraints:
-        word = words.get(type(constraint))
-        value = getattr(constraint, {Ge: "ge", Gt: "gt", Le: "le", Lt: "lt"}.get(type(constraint), ""), None)
-        if word and abs(value) not in (LARGEST_INT, LARGEST_FLOAT):
-            bounds.append(f" {word} {value}")
-    return " and".join(bounds)
+    kinds = ((Ge, "ge", "of at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
+    said = [
+        f" {words} {getattr(constraint, name)}"
+        for constraint in constraints
+        for kind, name, words in kinds
+        if isinstance(constraint, kind) and getattr(constraint, name) not in (LARGEST_INT, LARGEST_FLOAT)
+    ]
+    return " and".join(said)
 
 
 def _unknown(key: object, known: Sequence[str]) -> Problem:

@@ -84,6 +84,7 @@ class _Loader(_Numbers, yaml.SafeLoader):
     def __init__(self, stream: bytes) -> None:
         super().__init__(stream)
         self.problems: list[Problem] = []
+        self.deep_construct = True  # so that what holds itself is refused
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """As the safe loader does, but for the errors that Python raises on odd numbers and dates."""
