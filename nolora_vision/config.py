@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -18,11 +19,31 @@ MODULATIONS: tuple[str, ...] = get_args(Modulation)
 ROLES: tuple[str, ...] = get_args(Role)
 
 
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38
+"""What 32 bits hold; no field of a config has a use for more."""
+
+
+class Problem(str):
+    """A sentence about what is wrong, and the fields that it is about, by their dotted names."""
+
+    fields: tuple[str, ...]
+
+    def __new__(cls, text: str, *fields: str) -> Problem:
+        problem = super().__new__(cls, text)
+        problem.fields = fields
+        return problem
+
+    def within(self, owner: str) -> Problem:
+        """The same about a field's own fields."""
+        return Problem(f"{owner}.{self}", *(f"{owner}.{name}" for name in self.fields))
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used. The message lists every problem found, one per line."""
 
     def __init__(self, owner: str, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+        self.owner = owner
+        self.problems = tuple(p if isinstance(p, Problem) else Problem(p) for p in problems)
         super().__init__(f"{owner} is not usable:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
 
 
@@ -30,6 +51,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean …?' for the nearest known name, or '' if none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, cut where it is long or deep: a few lines of YAML can make one of gigabytes."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 80, 80, 40
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 10
 
 
 @dataclass(frozen=True)
@@ -74,23 +105,32 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "layers"):
             value = getattr(self, name)
-            if isinstance(value, Iterable) and not isinstance(value, (str, tuple)):
+            if isinstance(value, Iterable) and not isinstance(value, (str, bytes, tuple, Mapping, set, frozenset)):
                 object.__setattr__(self, name, tuple(value))
         problems = [problem for check in _CHECKS for problem in check(self)]
         if problems:
             raise ConfigError("AdapterConfig", problems)
+        for name in ("alpha", "dropout", "modulation_noise"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+        object.__setattr__(self, "alpha_pattern", {key: float(value) for key, value in self.alpha_pattern.items()})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
-        """Build from a mapping, naming unknown keys and their nearest known ones."""
+        """Build from a mapping, naming unknown keys and their nearest known ones beside whatever else is wrong."""
         known = [f.name for f in fields(cls)]
-        unknown = [key for key in values if key not in known]
+        unknown = [
+            Problem(f"{shown(key)} is not a field.{did_you_mean(key, known)} Fields: {', '.join(known)}.", str(key))
+            for key in values
+            if key not in known
+        ]
+        try:
+            config = cls(**{name: values[name] for name in known if name in values})
+        except ConfigError as error:
+            raise ConfigError("AdapterConfig", [*unknown, *error.problems]) from None
         if unknown:
-            raise ConfigError(
-                "AdapterConfig",
-                [f"{key!r} is not a field.{did_you_mean(key, known)} Fields: {', '.join(known)}." for key in unknown],
-            )
-        return cls(**values)
+            raise ConfigError("AdapterConfig", unknown)
+        return config
 
     def scale(self, rank: int, alpha: float | None) -> float:
         """s for one layer: alpha / rank, or alpha / sqrt(rank) when rank-stabilised; alpha None means rank."""
@@ -99,62 +139,67 @@ class AdapterConfig:
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float holds
-        return False
+    """Whether it is finite, and such that float32 holds it."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST_FLOAT <= value <= LARGEST_FLOAT
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -LARGEST_INT <= value <= LARGEST_INT
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and _is_whole(value) and value >= 1
 
 
-def _check_numbers(config: AdapterConfig) -> Iterable[str]:
-    if not _is_rank(config.rank):
-        yield f"rank must be an integer of at least 1, got {config.rank!r}."
-    if config.alpha is not None and not (_is_number(config.alpha) and config.alpha > 0):
-        yield f"alpha must be a positive number, or None for alpha = rank, got {config.alpha!r}."
-    if not (_is_number(config.dropout) and 0 <= config.dropout < 1):
-        yield f"dropout must be a probability in [0, 1), got {config.dropout!r}."
-    if not (_is_number(config.modulation_noise) and config.modulation_noise >= 0):
-        yield f"modulation_noise must be a number of at least 0, 0 being off, got {config.modulation_noise!r}."
+def _check_numbers(config: AdapterConfig) -> Iterable[Problem]:
+    kinds = (
+        ("rank", _is_rank, "an integer of at least 1"),
+        ("alpha", lambda a: a is None or (_is_number(a) and a > 0), "a positive number, or None for alpha = rank"),
+        ("dropout", lambda p: _is_number(p) and 0 <= p < 1, "a probability in [0, 1)"),
+        ("modulation_noise", lambda s: _is_number(s) and s >= 0, "a number of at least 0, 0 being off"),
+    )
+    for name, valid, wanted in kinds:
+        value = getattr(config, name)
+        if not valid(value):
+            yield Problem(f"{name} must be {wanted}, got {shown(value)}.", name)
 
 
-def _check_names(config: AdapterConfig) -> Iterable[str]:
+def _check_names(config: AdapterConfig) -> Iterable[Problem]:
     for name, known in (("nonlinearity", NONLINEARITIES), ("modulation", MODULATIONS)):
         value = getattr(config, name)
         if value not in known:
-            yield f"{name} must be one of {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}"
+            hint = did_you_mean(value, known) if isinstance(value, str) else ""
+            yield Problem(f"{name} must be one of {', '.join(known)}, got {shown(value)}.{hint}", name)
     for name in ("rank_stabilized", "share_down"):
-        if not isinstance(getattr(config, name), bool):
-            yield f"{name} must be True or False, got {getattr(config, name)!r}."
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            yield Problem(f"{name} must be True or False, got {shown(value)}.", name)
 
 
-def _check_layers(config: AdapterConfig) -> Iterable[str]:
+def _check_layers(config: AdapterConfig) -> Iterable[Problem]:
     layers = config.layers
     if layers is None:
         return
-    if not isinstance(layers, tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
-        yield f"layers must be None or a sequence of block numbers, got {layers!r}."
+    if not isinstance(layers, tuple) or not all(map(_is_whole, layers)):
+        yield Problem(f"layers must be None or a sequence of block numbers, got {shown(layers)}.", "layers")
     elif not layers:
-        yield "layers is empty, so nothing would be adapted; None means all blocks."
+        yield Problem("layers is empty, so nothing would be adapted; None means all blocks.", "layers")
 
 
-def _check_selectors(config: AdapterConfig) -> Iterable[str]:
+def _check_selectors(config: AdapterConfig) -> Iterable[Problem]:
     for name in ("targets", "exclude"):
         value = getattr(config, name)
         if isinstance(value, str):
             if value not in ROLES:
                 yield from _check_pattern(name, value)
         elif not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
-            yield f"{name} must be a string or a sequence of non-empty strings, got {value!r}."
-    if not config.targets:
-        yield f"targets is empty, so nothing would be adapted. Roles: {', '.join(ROLES)}."
+            wanted = "a string or a sequence of non-empty strings"
+            yield Problem(f"{name} must be {wanted}, got {shown(value)}.", name)
+    if config.targets in ("", ()):
+        yield Problem(f"targets is empty, so nothing would be adapted. Roles: {', '.join(ROLES)}.", "targets")
 
 
-def _check_patterns(config: AdapterConfig) -> Iterable[str]:
+def _check_patterns(config: AdapterConfig) -> Iterable[Problem]:
     kinds = (
         ("rank_pattern", _is_rank, "integers of at least 1"),
         ("alpha_pattern", lambda a: _is_number(a) and a > 0, "positive numbers"),
@@ -162,22 +207,23 @@ def _check_patterns(config: AdapterConfig) -> Iterable[str]:
     for name, valid, wanted in kinds:
         value = getattr(config, name)
         if not isinstance(value, Mapping):
-            yield f"{name} must map layers to numbers, got {value!r}."
+            yield Problem(f"{name} must map layers to numbers, got {shown(value)}.", name)
             continue
         for key, number in value.items():
-            if not isinstance(key, str):
-                yield f"{name} needs strings as keys, got {key!r}."
+            if not isinstance(key, str) or not key:
+                yield Problem(f"{name} needs strings as keys, got {shown(key)}.", name)
             elif key not in ROLES:
                 yield from _check_pattern(name, key)
             if not valid(number):
-                yield f"{name}[{key!r}] must be one of the {wanted}, got {number!r}."
+                yield Problem(f"{name}[{shown(key)}] must be one of the {wanted}, got {shown(number)}.", name)
 
 
-def _check_pattern(name: str, pattern: str) -> Iterable[str]:
+def _check_pattern(name: str, pattern: str) -> Iterable[Problem]:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        yield f"{name}: {pattern!r} is neither a role nor a regular expression ({error})."
+        text = f"{name}: {shown(pattern)} is neither a role nor a regular expression ({error})."
+        yield Problem(text, name)
 
 
 _CHECKS = (_check_numbers, _check_names, _check_layers, _check_selectors, _check_patterns)

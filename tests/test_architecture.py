@@ -36,8 +36,8 @@ ROOMS = {
     "onnx": {"adapters/export.py"},
     "onnxruntime": {"adapters/export.py"},
     "onnxscript": {"adapters/export.py"},
-    "yaml": {"training/config_file.py"},
-    "pydantic": {"training/config_file.py", "training/run_config.py"},
+    "yaml": {"training/yaml_file.py"},
+    "pydantic": {"training/kinds.py"},
     "sklearn": {"training/digits.py"},
 }
 LONG_FUNCTIONS = {"fit": 70}

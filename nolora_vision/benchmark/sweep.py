@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -57,6 +58,9 @@ def main(
         dry_run: Only say what is missing.
     """
     try:
+        if processes < 1 or not (max_hours is None or 0 <= max_hours < math.inf):
+            wanted = "processes must be at least 1, and max_hours a number of at least 0"
+            raise ConfigError("The command line", [f"{wanted}, got {processes} and {max_hours}."])
         sweep = read_sweep(sweep_file)
         folder = output or Path("output/sweeps") / sweep.name
         missing, choices = plan(sweep, read_results(folder))

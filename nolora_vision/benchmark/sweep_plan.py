@@ -7,13 +7,16 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from nolora_vision.config import ConfigError, did_you_mean
+from nolora_vision.benchmark.sweep_checks import problems_of
+from nolora_vision.config import ConfigError, Problem, shown
 from nolora_vision.training.config_file import as_plain, make_run_config, read_yaml
+from nolora_vision.training.kinds import Text, Whole, from_mapping, settle, unaffected
 from nolora_vision.training.neutral import NEUTRAL
 from nolora_vision.training.run_config import RunConfig
 
@@ -28,29 +31,34 @@ Results = Mapping[str, Mapping[str, Any]]
 class Choose:
     """What is chosen for each method in each cell, on validation images only."""
 
-    axes: Mapping[str, Sequence[float]]
+    axes: Mapping[Text, Sequence[int | float]]
     """Candidates, in rising order; every method gets as many."""
-    seeds: Sequence[int] = (100, 101)
+    seeds: Sequence[Whole] = (100, 101)
     """Of the runs that choose; none of them is among the seeds that are reported."""
-    extend: int = 2
+    extend: Whole = 2
     """How often a candidate beyond the best one may be added on each axis at whose edge that is."""
+
+    def __post_init__(self) -> None:
+        problems, _ = settle(self)
+        if problems:
+            raise ConfigError("Choose", problems)
 
 
 @dataclass(frozen=True)
 class Sweep:
     """A base config, methods that differ from it, axes along which all of them are compared, and seeds."""
 
-    methods: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[Text, Mapping[Text, Any]]
     """By name: fields of RunConfig; also `choose`: own candidates of an axis, or null where the method has no use for
     it, as many in all as the others have; `only`: axis → values to which it keeps."""
-    base: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[Text, Any] = field(default_factory=dict)
     """Fields of RunConfig for all runs."""
-    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    axes: Mapping[Text, Sequence[Any]] = field(default_factory=dict)
     """Their product is the cells."""
     choose: Choose | None = None
-    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    seeds: Sequence[Whole] = (0, 1, 2, 3, 4)
     """Of the runs that are tested."""
-    baseline: str = "lora"
+    baseline: Text = "lora"
     """The method that others are compared with."""
     keep_adapters: bool = False
     """Keep the folders of tested runs: adapter, pictures."""
@@ -58,7 +66,9 @@ class Sweep:
     name: str = ""
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        problems, bad = settle(self)
+        if "methods" not in bad:
+            problems += unaffected(list(problems_of(self)), bad)
         if problems:
             raise ConfigError(f"Sweep {self.name}".rstrip(), problems)
 
@@ -93,7 +103,7 @@ class Task:
     @property
     def name(self) -> str:
         """Of its result's file: made of what differs from the defaults, so that new fields leave it as it is."""
-        usual = _flat(as_plain(asdict(RunConfig())))
+        usual = _usual()
         facts = {k: v for k, v in _flat(as_plain(asdict(self.config))).items() if v != usual.get(k)}
         text = json.dumps({"phase": self.phase, **facts}, sort_keys=True)
         slug = "".join(c if c.isalnum() else "-" for c in self.label)
@@ -129,16 +139,25 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         ConfigError: if it is absent or unusable; every problem is listed.
     """
-    values = {"name": path.stem, **read_yaml(path)}
-    problems = _unknown(values, Sweep, str(path))
-    choose = values.get("choose")
-    if choose is not None:
-        problems += _unknown(choose, Choose, f"{path}: choose")
-    if "methods" not in values or (choose is not None and "axes" not in choose):
-        problems.append("methods, and axes in choose, must be given.")
+    sweep = from_mapping(Sweep, {"name": path.stem, **read_yaml(path)}, str(path))
+    problems = dict.fromkeys(problem for label in sweep.methods for problem in _run_problems(sweep, label))
     if problems:
         raise ConfigError(str(path), problems)
-    return Sweep(**{**values, "choose": None if choose is None else Choose(**choose)})
+    return sweep
+
+
+def _run_problems(sweep: Sweep, label: str) -> Iterator[Problem]:
+    """What is wrong with a method's runs: its first one, and those that differ from it in one value."""
+    candidates = sweep.candidates(label)
+    first = {**next(sweep.cells(label)), **{axis: values[0] for axis, values in candidates.items()}}
+    others = [{**first, axis: cell[axis]} for cell in sweep.cells(label) for axis in cell]
+    others += [{**first, axis: value} for axis, values in candidates.items() for value in values]
+    phase: Phase = "final" if sweep.choose is None else "choose"
+    for point in {str(point): point for point in (first, *others)}.values():
+        try:
+            make_task(sweep, label, phase, {}, point, sweep.seeds[0])
+        except ConfigError as error:
+            yield from (Problem(f"{label}: {problem}") for problem in error.problems)
 
 
 def plan(sweep: Sweep, results: Results) -> tuple[list[Task], list[Choice]]:
@@ -198,8 +217,9 @@ def _choosing(sweep: Sweep, label: str, cell: Point, results: Results) -> tuple[
             return tasks, Choice(label, cell, {**cell, **best}, highest, len(points), at_edge=bool(edges))
         for axis in edges:  # beyond the best one only: all others of that value would be lower still, or by chance
             further = _beyond(values[axis], best[axis])
-            values[axis] = sorted([*values[axis], further])
-            points.append({**best, axis: further})
+            if _is_usable(sweep, label, cell, {**cell, **best, axis: further}):
+                values[axis] = sorted([*values[axis], further])
+                points.append({**best, axis: further})
     raise AssertionError("the last extension returns")
 
 
@@ -211,11 +231,28 @@ def _score(record: Mapping[str, Any] | None) -> float:
 
 def _beyond(values: Sequence[float], edge: float) -> float:
     """The next value beyond the edge, by the ratio of the two there."""
-    inner = values[1] if edge == values[0] else values[-2]
-    return float(f"{edge * edge / inner:.3g}")
+    lowest = edge == values[0]
+    further = float(f"{edge * edge / (values[1] if lowest else values[-2]):.3g}")
+    if not all(isinstance(value, int) for value in values):
+        return further
+    return min(round(further), edge - 1) if lowest else max(round(further), edge + 1)
+
+
+def _is_usable(sweep: Sweep, label: str, cell: Point, point: Point) -> bool:
+    """Whether a candidate that was not asked for is one at all: there is no rank below 1, no smoothing above."""
+    try:
+        make_task(sweep, label, "choose", cell, point, sweep.seeds[0])
+    except ConfigError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------- the values
+
+
+@cache
+def _usual() -> Mapping[str, Any]:
+    return _flat(as_plain(asdict(RunConfig())))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -232,48 +269,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _merge(settings: dict[str, Any], layer: Mapping[str, Any]) -> None:
     """Put values into nested settings; a dotted name reaches into a nested one."""
     for name, value in layer.items():
-        head, _, rest = name.partition(".")
-        if rest:
-            _merge(settings.setdefault(head, {}), {rest: value})
-        elif isinstance(value, Mapping):
-            inner = settings.setdefault(head, {})
-            _merge(inner, value)
-        else:
+        head, _, rest = name.partition(".") if isinstance(name, str) else (name, "", "")
+        if not rest and not isinstance(value, Mapping):
             settings[head] = value
-
-
-def _unknown(values: Mapping[str, Any], cls: type, owner: str) -> list[str]:
-    known = [f.name for f in fields(cls)]
-    return [f"{owner}: {key} is not a field.{did_you_mean(key, known)}" for key in values if key not in known]
-
-
-def _problems(sweep: Sweep) -> Iterable[str]:
-    if not sweep.methods:
-        yield "methods is empty."
-    if sweep.baseline not in sweep.methods:
-        yield f"baseline must be one of the methods, {', '.join(sweep.methods)}; got {sweep.baseline!r}."
-    if not sweep.seeds:
-        yield "seeds is empty, so nothing would be tested."
-    for label, own in sweep.methods.items():
-        for axis in own.get("only", {}):
-            if axis not in sweep.axes:
-                yield f"{label}: only {axis} is no axis. Axes: {', '.join(sweep.axes) or 'none'}."
-    if sweep.choose is None:
-        return
-    if set(sweep.choose.seeds) & set(sweep.seeds):
-        yield "the seeds of choose must not be among the seeds that are tested."
-    for axis in sweep.choose.axes:
-        if axis in sweep.axes:
-            yield f"{axis} is in axes and in choose."
-    trials = math.prod(map(len, sweep.choose.axes.values()))
-    for label, own in sweep.methods.items():
-        for axis in own.get("choose", {}):
-            if axis not in sweep.choose.axes:
-                yield f"{label}: choose {axis} is no axis of choose: {', '.join(sweep.choose.axes)}."
-        candidates = sweep.candidates(label)
-        count = math.prod(map(len, candidates.values()))
-        if count != trials:
-            yield f"{label}: choose must give {trials} candidates, as all methods have, for equal trials; got {count}."
-        for axis, values in candidates.items():
-            if not values or sorted(values) != list(values) or values[0] <= 0:
-                yield f"{label}: the candidates of {axis} must be positive and in rising order, got {values}."
+            continue
+        inner = settings.setdefault(head, {})
+        if not isinstance(inner, dict):
+            raise ConfigError("The sweep", [f"{name} reaches into {head}, and that is {shown(inner)}."])
+        _merge(inner, {rest: value} if rest else value)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nolora_vision.config import ConfigError, did_you_mean
+from nolora_vision.config import LARGEST_FLOAT, LARGEST_INT, ConfigError, did_you_mean, shown
 from nolora_vision.surgery.plan import InjectionError
 
 Group = Literal["ours", "peft", "own module", "selective", "whole"]
@@ -75,11 +74,11 @@ METHODS: Mapping[str, Method] = {
 
 
 def _whole(least: int) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_INT
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_FLOAT
 
 
 _RULES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
@@ -101,7 +100,7 @@ def method_problems(method: str, options: Mapping[str, Any]) -> Iterable[str]:
         if name not in known:
             yield f"method_options: {name!r} is no option of {method}.{did_you_mean(name, known)} {allowed}"
         elif not _RULES[name][1](value):
-            yield f"method_options: {name} must be {_RULES[name][0]}, got {value!r}."
+            yield f"method_options: {name} must be {_RULES[name][0]}, got {shown(value)}."
 
 
 def chosen_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -55,17 +55,24 @@ def refuse_settings(method: str, adapter: AdapterConfig) -> None:
     """Refuse what the adapter config asks for and the method has not.
 
     Raises:
-        MethodError: naming the field.
+        MethodError: naming the fields.
     """
+    problems = [text for _, text in setting_problems(method, adapter)]
+    if problems:
+        raise MethodError("\n".join(problems))
+
+
+def setting_problems(method: str, adapter: AdapterConfig) -> Iterator[tuple[str, str]]:
+    """Fields of the adapter config that the method has no use for, each with a sentence."""
     if adapter.dropout and method not in WITH_DROPOUT:
-        raise MethodError(f"{method} has no dropout, and the adapter config asks for {adapter.dropout:g}. Set it to 0.")
+        text = f"{method} has no dropout, and the adapter config asks for {adapter.dropout:g}. Set it to 0."
+        yield "dropout", text
     if adapter.modulation_noise:
-        raise MethodError(
-            f"{method} has no v, so modulation_noise {adapter.modulation_noise:g} does nothing. Set it to 0."
-        )
-    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(adapter, name)]
-    if patterns and method not in WITH_PATTERNS:
-        raise MethodError(f"{method} is the same on every layer: it takes no {' and no '.join(patterns)}.")
+        text = f"{method} has no v, so modulation_noise {adapter.modulation_noise:g} does nothing. Set it to 0."
+        yield "modulation_noise", text
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(adapter, name) and method not in WITH_PATTERNS:
+            yield name, f"{method} is the same on every layer: it takes no {name}."
 
 
 def _refuse_sizes(method: str, options: Mapping[str, Any], plan: Sequence[PlannedAdapter]) -> None:

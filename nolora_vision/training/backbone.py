@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -18,6 +16,7 @@ from nolora_vision.adapters.backbone_weights import create_model
 from nolora_vision.adapters.hub_cache import cached_models
 from nolora_vision.adapters.hub_trouble import hub_trouble
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.timm_names import model_problem
 
 
 def build_model(
@@ -40,21 +39,21 @@ def build_model(
     Raises:
         RunError: if the name is unknown, or its weights cannot be had.
     """
-    bare = _known_architecture(name)
+    if problem := model_problem(name):
+        raise RunError(problem)
     options: dict[str, Any] = {**({"drop_path_rate": drop_path} if drop_path else {}), **(model_kwargs or {})}
     if img_size is not None:
         options["img_size"] = img_size
     if pretrained_path is not None:
-        if not pretrained_path.is_file():
-            raise RunError(f"--pretrained-path {pretrained_path} is no file. Wanted a .safetensors file of weights.")
+        refuse_absent_weights(pretrained_path)
         options["pretrained_cfg_overlay"] = {"file": str(pretrained_path), "num_classes": -1}  # any classifier
     try:
         model = create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
         raise RunError(f"{name} does not take {', '.join(options)} ({error}). Leave it out.") from error
     except RuntimeError as error:
-        if "Invalid pretrained tag" in str(error) or "No pretrained weights" in str(error):
-            raise RunError(f"{name}: {error} Tags: {', '.join(timm.list_pretrained(bare)) or 'none'}.") from error
+        if "No pretrained weights" in str(error):
+            raise RunError(f"{name}: {error} Give some by --pretrained-path, or say --no-pretrained.") from error
         raise
     except Exception as error:
         instead = "Or train from scratch with --no-pretrained."
@@ -69,16 +68,14 @@ def build_model(
     return model
 
 
-def _known_architecture(name: str) -> str:
-    """The name without its tag, '' for one that points to the Hub or a folder."""
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return ""
-    bare = timm.models.split_model_name_tag(name)[0]
-    if not timm.is_model(bare):
-        near = difflib.get_close_matches(bare, timm.list_models(), n=3, cutoff=0.5)
-        hint = f" Nearest: {', '.join(near)}." if near else ""
-        raise RunError(f"timm {timm.__version__} has no model {name!r}.{hint} All names: timm.list_models().")
-    return bare
+def refuse_absent_weights(path: Path) -> None:
+    """Check that a file of weights is there.
+
+    Raises:
+        RunError: if not.
+    """
+    if not path.is_file():
+        raise RunError(f"--pretrained-path {path} is no file. Wanted a .safetensors file of weights.")
 
 
 def set_compute(model: nn.Module, device_type: str, *, amp_dtype: str, frozen_dtype: str, fused_attn: str) -> None:

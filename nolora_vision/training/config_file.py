@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
-import yaml
-from pydantic import TypeAdapter, ValidationError
 
-from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
+from nolora_vision.config import ConfigError, Problem
+from nolora_vision.training.flags import Flags, read_flags
+from nolora_vision.training.kinds import File, from_mapping
 from nolora_vision.training.run_config import RunConfig, Short
+from nolora_vision.training.yaml_file import YamlFile, read_yaml_file, to_yaml
 
 
 @dataclass(frozen=True)
 class ConfigFile:
     """Where the defaults come from."""
 
-    config: Annotated[Path | None, Short(aliases=["-c"])] = None
+    config: Annotated[File | None, Short(aliases=["-c"])] = None
     """YAML file with fields of RunConfig; what else is on the command line overrides it."""
 
 
@@ -31,27 +30,21 @@ def parse_run_config(argv: Sequence[str] | None = None) -> RunConfig:
     """The config that a command line asks for: defaults, then the YAML of `-c`, then the flags.
 
     Raises:
-        ConfigError: if a value is not usable; every problem is listed.
-        SystemExit: 0 after --help, 2 for a flag that cannot be read.
+        ConfigError: if flags are unknown or values not usable; every problem of file and flags is listed.
+        SystemExit: 0 after --help.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    file, rest = tyro.cli(ConfigFile, args=args, return_unknown_args=True, add_help=False)
-    path = file.config or _args_of_the_run(rest)
-    defaults = RunConfig() if path is None else load_run_config(path)
-    epilogue = "Defaults from a YAML file: -c FILE, --config FILE."
-    return tyro.cli(
-        RunConfig, args=rest, default=defaults, prog="train.py", description=f"{RunConfig.__doc__}\n{epilogue}"
-    )
-
-
-def _args_of_the_run(args: Sequence[str]) -> Path | None:
-    """The args.yaml of the run that `--resume DIR` names, so that this need be all that is said."""
-    for i, arg in enumerate(args):
-        name, _, value = arg.partition("=")
-        if name == "--resume":
-            path = Path(value or (args[i + 1] if i + 1 < len(args) else "")) / "args.yaml"
-            return path if path.is_file() else None
-    return None
+    flags = read_flags(args, ConfigFile, RunConfig)
+    path = flags.values.get("config") or _args_of_the_run(flags.values.get("resume"))
+    if {"-h", "--help"} & set(args):
+        _help(RunConfig() if path is None else load_run_config(path))
+    file, unread = None, ()
+    if path is not None:
+        try:
+            file = read_yaml_file(path)
+        except ConfigError as error:
+            file, unread = YamlFile(path), error.problems
+    return _config_of(file, flags, unread)
 
 
 def load_run_config(path: Path) -> RunConfig:
@@ -60,24 +53,19 @@ def load_run_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: if it is absent, not YAML, or has unknown or unusable values; every problem is listed.
     """
-    return make_run_config(read_yaml(path), owner=str(path))
+    return _config_of(read_yaml_file(path), None)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[Any, Any]:
     """The fields of a YAML file.
 
     Raises:
-        ConfigError: if it is absent, not YAML, or no mapping.
+        ConfigError: if it is absent, not YAML, no mapping, or has a key twice.
     """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}."]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"is not YAML: {error}"]) from error
-    if not isinstance(values, dict):
-        raise ConfigError(str(path), [f"must hold fields and values, got {type(values).__name__}."])
-    return values
+    file = read_yaml_file(path)
+    if file.problems:
+        raise ConfigError(str(path), file.problems)
+    return dict(file.values)
 
 
 def make_run_config(values: Mapping[str, Any], *, owner: str) -> RunConfig:
@@ -89,23 +77,12 @@ def make_run_config(values: Mapping[str, Any], *, owner: str) -> RunConfig:
     Raises:
         ConfigError: if some are unknown or unusable; every problem is listed.
     """
-    problems = [*_unknown(values, RunConfig, ""), *_unknown(values.get("adapter") or {}, AdapterConfig, "adapter.")]
-    try:
-        config = _validator().validate_python(values)
-    except ValidationError as error:
-        kinds = {"extra_forbidden", "unexpected_keyword_argument"}
-        problems += [_readable(e) for e in error.errors() if e["type"] not in kinds]
-        raise ConfigError(owner, problems) from error
-    except ConfigError as error:
-        raise ConfigError(owner, [*problems, *error.problems]) from error
-    if problems:
-        raise ConfigError(owner, problems)
-    return config
+    return from_mapping(RunConfig, values, owner)
 
 
 def dump_run_config(config: RunConfig) -> str:
     """The config as YAML that `-c` reads back to an equal one."""
-    return yaml.safe_dump(as_plain(asdict(config)), sort_keys=False)
+    return to_yaml(as_plain(asdict(config)))
 
 
 def dump_differences(config: RunConfig, *, also: Sequence[str] = ()) -> str:
@@ -117,9 +94,9 @@ def dump_differences(config: RunConfig, *, also: Sequence[str] = ()) -> str:
         if name == "adapter":
             value = {key: item for key, item in value.items() if item != usual[name][key]}
         if isinstance(value, (dict, list)):
-            lines.append(f"{name}: {yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=math.inf)}")
+            lines.append(f"{name}: {to_yaml(value, default_flow_style=True, width=math.inf)}")
         else:
-            lines.append(yaml.safe_dump({name: value}))
+            lines.append(to_yaml({name: value}))
     return "".join(lines)
 
 
@@ -132,30 +109,56 @@ def as_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-@cache
-def _validator() -> TypeAdapter[RunConfig]:
-    """Made once: making it takes as long as a hundred configs, of which a sweep's plan has hundreds."""
-    return TypeAdapter(RunConfig)
+def _args_of_the_run(resume: str | None) -> Path | None:
+    """The args.yaml of the run that `--resume DIR` names, so that this need be all that is said."""
+    path = Path(resume or "") / "args.yaml"
+    return path if resume and path.is_file() else None
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also takes 1e-3 for a number, as YAML 1.2 does and people expect."""
+def _config_of(file: YamlFile | None, flags: Flags | None, unread: Sequence[Problem] = ()) -> RunConfig:
+    """The config of a file and of flags over it.
+
+    Args:
+        unread: why the file could not be read; what is wrong between fields is not known then.
+    """
+    said = [*unread, *(file.problems if file else ()), *(flags.problems if flags else ())]
+    try:
+        config = make_run_config(_values(file, flags), owner="RunConfig")
+    except ConfigError as error:
+        wrong = {name for problem in said for name in problem.fields}
+        found = [problem for problem in error.problems if not wrong & set(problem.fields)]
+        said += [problem for problem in found if not unread or len(problem.fields) == 1]
+    else:
+        if not said:
+            return config
+    own = "the command line" if file else "The command line"
+    sources = [*([str(file.path)] if file else []), *([own] if flags and flags.any else [])]
+    placed = [Problem(problem + _place(problem, file, flags), *problem.fields) for problem in said]
+    raise ConfigError(" with ".join(sources), placed)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+def _values(file: YamlFile | None, flags: Flags | None) -> dict[Any, Any]:
+    """Those of the file, and over them those of the flags, each within its own mapping."""
+    values: dict[Any, Any] = dict(file.values) if file else {}
+    for name, value in (flags.values if flags else {}).items():
+        head, _, rest = name.partition(".")
+        if rest and isinstance(inner := values.get(head, {}), Mapping):
+            values[head] = {**inner, rest: value}
+        elif not rest and name != "config":
+            values[name] = value
+    return values
 
 
-def _unknown(values: Any, cls: type, prefix: str) -> list[str]:
-    known = [f.name for f in fields(cls)]
-    unknown = [key for key in values if key not in known] if isinstance(values, dict) else []
-    return [f"{prefix}{key} is not a field.{did_you_mean(key, known)}" for key in unknown]
+def _place(problem: Problem, file: YamlFile | None, flags: Flags | None) -> str:
+    """Where the fields that a problem is about were said: flags, or else lines."""
+    spelled, lines = flags.spelled if flags else {}, file.lines if file else {}
+    places = [spelled.get(name) or (f"line {lines[name]}" if name in lines else "") for name in problem.fields]
+    places = list(dict.fromkeys(filter(None, places)))
+    return f" ({', '.join(places)})" if places else ""
 
 
-def _readable(error: Any) -> str:
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
-        return " ".join(cause.problems)
-    where = ".".join(str(part) for part in error["loc"])
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}."
+def _help(defaults: RunConfig) -> NoReturn:
+    epilogue = "Defaults from a YAML file: -c FILE, --config FILE."
+    text = f"{RunConfig.__doc__}\n{epilogue}"
+    tyro.cli(RunConfig, args=["--help"], default=defaults, prog="train.py", description=text)
+    raise AssertionError("--help ends the program")

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from nolora_vision import (
@@ -23,11 +22,11 @@ from nolora_vision import (
     read_adapter_config,
 )
 from nolora_vision.adapters.hub import find_adapter
-from nolora_vision.config import did_you_mean
 from nolora_vision.methods import apply_method, load_trained
 from nolora_vision.training import outputs
 from nolora_vision.training.backbone import (
     full_name,
+    refuse_absent_weights,
     refuse_wrong_size,
     set_compute,
     training_mode,
@@ -54,7 +53,6 @@ from nolora_vision.training.ingredients import (
     compute_options,
     load_config_data,
     loader,
-    make_scheduler,
     mixup_of,
     objective_of,
     preprocessing,
@@ -170,26 +168,22 @@ def load(config: RunConfig, shelf: Shelf | None, *, quiet: bool) -> tuple[ImageD
 
 
 def refuse_unusable(config: RunConfig) -> None:
-    """Check what only timm and this machine know, before anything is loaded.
+    """Check what only this machine knows, before anything is loaded.
 
     Raises:
-        RunError: if timm has no such optimizer, schedule or augmentation, or a precision or tracker is not to be had.
+        RunError: if it lacks a precision, a tracker, an optimizer, the weights, or a place for results.
     """
     precision_of(config.amp_dtype)
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise RunError(f"--report-to {config.report_to} needs a package: pip install {config.report_to}.")
-    parameter = nn.Parameter(torch.zeros(1, 1))
-    checks = {
-        "opt": lambda: create_optimizer_v2([parameter], opt=config.opt, lr=config.lr),
-        "sched": lambda: make_scheduler(config, torch.optim.SGD([parameter], lr=1.0), batches=1),
-        "aa": lambda: create_transform((3, 32, 32), is_training=True, auto_augment=config.aa),
-    }
-    for field, check in checks.items():
-        try:
-            check()
-        except Exception as error:  # timm raises many kinds
-            hint = did_you_mean(config.opt, map(str, list_optimizers())) if field == "opt" else ""
-            raise RunError(f"--{field} {getattr(config, field)}: {str(error).rstrip('.')}.{hint}") from error
+    if config.output.exists() and not config.output.is_dir():
+        raise RunError(f"--output {config.output} is not a folder. Choose another.")
+    if config.pretrained_path is not None:
+        refuse_absent_weights(config.pretrained_path)
+    try:
+        create_optimizer_v2([nn.Parameter(torch.zeros(1, 1))], opt=config.opt, lr=config.lr)
+    except Exception as error:  # timm raises many kinds
+        raise RunError(f"--opt {config.opt}: {str(error).rstrip('.')}.") from error
 
 
 def train_and_test(

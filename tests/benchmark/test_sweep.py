@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from nolora_vision.benchmark.sweep_plan import Sweep, plan, read_sweep
 from nolora_vision.training.progress import RunsProgress
 from nolora_vision.training.shelf import Shelf
 
+ROOT = str(Path(__file__).parents[2])
 SWEEP = """
 base:
   model: vit_tiny_patch16_224
@@ -177,3 +179,27 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "s.yaml").write_text(SWEEP)
     assert main(tmp_path / "s.yaml", output=tmp_path / "out", dry_run=True) == 0
     assert "4 runs can be done next, 0 choices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "message"),
+    [
+        ("methods: {lora: {epohcs: 3}}", [], "lora: epohcs is not a field. Did you mean 'epochs'"),
+        (
+            "methods: {lora: {method: lora}}\naxes: {epochs: [1, 0]}",
+            [],
+            "lora: epochs must be a whole number of at least 1",
+        ),
+        ("methods: {lora: {method: lora}}\nbase: &b {adapter: *b}", [], "is not YAML"),
+        (SWEEP, ["--processes", "0"], "processes must be at least 1"),
+        (SWEEP, ["--max-hours", "nan"], "max_hours a number of at least 0, got 1 and nan"),
+    ],
+)
+def test_nothing_is_made_on_disk_before_a_sweep_is_valid(
+    tmp_path: Path, text: str, args: list[str], message: str
+) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    command = [sys.executable, "-m", "nolora_vision.benchmark.sweep", "s.yaml", *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+    assert message in done.stderr and [path.name for path in tmp_path.rglob("*")] == ["s.yaml"]

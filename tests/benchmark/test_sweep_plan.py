@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from nolora_vision import ConfigError
 from nolora_vision.benchmark.sweep_plan import Choose, Sweep, Task, plan, read_sweep
 from nolora_vision.training.config_file import as_plain
+from nolora_vision.training.kinds import from_mapping
 
 METHODS = {"lora": {"method": "lora"}, "tanh": {"method": "nolora", "adapter": {"nonlinearity": "tanh"}}}
 RATES = [1e-3, 2e-3, 4e-3]
@@ -157,6 +158,131 @@ def test_names_differ_where_settings_do() -> None:
 def test_unusable_sweeps_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**changes)
+
+
+FIELDS = (*(f.name for f in fields(Sweep)), *(f"choose.{f.name}" for f in fields(Choose)))
+GOOD = {"methods": METHODS, "choose": {"axes": {"lr": RATES}, "seeds": [100]}, "seeds": [0]}
+TAKEN: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("methods", "baseline", "choose.axes"), ()),
+    "base": ({}, {"a": 1}, {"lr": [3, 2]}, {"lr": ["a"]}, {"lr": [1, 1]}),
+    "axes": ({},),
+    "choose": (None,),
+    "seeds": ([1], [0, 3]),
+    "keep_adapters": (True, False),
+    "description": ("", " ", "x", "3", "a/b"),
+    "name": ("", "x", "3"),
+    "choose.seeds": ([1], [3]),
+    "choose.extend": (0, 1, 3),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_each_field_of_a_sweep_refuses_what_it_cannot_be_by_name(name: str) -> None:
+    values = (
+        None,
+        True,
+        False,
+        -1,
+        0,
+        1,
+        3,
+        2.5,
+        math.nan,
+        10**30,
+        "",
+        " ",
+        "x",
+        "3",
+        "a/b",
+        [],
+        [1],
+        [0, 3],
+        [True],
+        [[]],
+    )
+    for value in (*values, ["a"], [1, 1], {}, {"a": 1}, {1: [2]}, {"lr": [3, 2]}, {"lr": ["a"]}, {"lr": [1, 1]}):
+        choose, own = dict(GOOD["choose"]), {}
+        if name.startswith("choose."):
+            choose[name.removeprefix("choose.")] = value
+        else:
+            own = {name: value}
+        try:
+            from_mapping(Sweep, {**GOOD, "choose": choose, **own}, "sweep")
+        except ConfigError as error:
+            assert repr(value) not in map(repr, TAKEN[name]), (value, error)
+            assert all(any(name in said or said in name for said in p.fields) for p in error.problems), (value, error)
+        else:
+            assert repr(value) in map(repr, TAKEN[name]), value
+
+
+def test_what_is_wrong_with_a_sweep_and_its_runs_is_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("seed: [1]\nseeds: no\nbaseline: dora\nmethods: {lora: {only: {rank: [1]}}}\nchoose: {axis: {}}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(file)
+    assert sorted(caught.value.problems) == [
+        "baseline must be one of the methods, lora; got 'dora'.",
+        "choose.axes must be given.",
+        "choose.axis is not a field. Did you mean 'axes'?",
+        "lora: only rank is no axis. Axes: none.",
+        "seed is not a field. Did you mean 'seeds'?",
+        "seeds must be a list with each item a whole number of at least 0, got False.",
+    ]
+    file.write_text(
+        "methods: {lora: {method: lore}, b: {epohcs: 3, adapter: {rank: 0}}}\nbase: {batch_size: 0}\n"
+        "axes: {adapter.rank: [1, 2.5]}\nchoose: {axes: {lr: [1, 2], epochs: [1, 0.5e30]}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(file)
+    text = str(caught.value)
+    for label in ("lora", "b"):
+        assert text.count(f"{label}: batch_size must be a whole number of at least 1, got 0.") == 1
+        assert text.count(f"{label}: adapter.rank must be an integer of at least 1, got 2.5.") == 1
+        assert text.count(f"{label}: epochs must be a whole number of at least 1, 3.4e+38 at most") == 0
+        assert text.count(f"{label}: epochs must be a whole number of at least 1, got 5e+29.") == 1
+    assert "lora: method must be one of" in text and "b: epohcs is not a field. Did you mean 'epochs'?" in text
+    assert "b: adapter.rank must be an integer of at least 1, got 0" not in text  # the axis says which rank
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": {"seed": 3}}, "base: seed is no field of a run in a sweep, which decides about it"),
+        ({"methods": {"lora": {"eval_only": True}}}, "methods.lora: eval_only is no field of a run in a sweep"),
+        ({"seeds": [0, 0]}, r"seeds has one twice: \[0, 0\]"),
+        ({"choose": Choose({"lr": RATES}, seeds=[])}, "choose.seeds is empty, so nothing would be chosen"),
+        ({"choose": Choose({}, seeds=[100])}, "choose.axes is empty"),
+        ({"axes": {"epochs": []}}, "axes: epochs has no values, so there would be no runs"),
+        ({"axes": {"epochs": [1, 1]}}, "axes: epochs has a value twice"),
+        (
+            {"methods": {"lora": {"only": {"epochs": [3]}}}, "axes": {"epochs": [1]}},
+            "only epochs must be some of its values",
+        ),
+        ({"methods": {"lora": {"only": 3}}}, "lora: only must be axes with lists of their values, got 3"),
+        ({"methods": {"lora": {"choose": {"lr": 3}}}}, "lora: choose must be axes with lists of candidates, or null"),
+        ({"name": "../a"}, "name must be one for the folder of the results, got '../a'"),
+    ],
+)
+def test_more_unusable_sweeps_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**changes)
+
+
+def test_a_value_where_fields_are_wanted_is_named() -> None:
+    with pytest.raises(ConfigError, match="adapter reaches into adapter, and that is 3"):
+        plan(make(base={"adapter": 3}, methods={"lora": {"adapter": {"rank": 3}}}), {})
+
+
+def test_a_candidate_that_no_run_can_have_is_not_added() -> None:
+    """Beyond 0.8 lies 1.28, which is no smoothing; beyond 1 no rank; ranks stay whole."""
+    sweep = make(choose=Choose({"smoothing": [0.5, 0.8]}, seeds=[100], extend=2))
+    _, choices, _ = finish(sweep, lambda task: task.config.smoothing)
+    assert {(c.point["smoothing"], c.trials, c.at_edge) for c in choices} == {(0.8, 2, True)}
+    sweep = make(choose=Choose({"adapter.rank": [1, 3]}, seeds=[100], extend=2))
+    _, choices, _ = finish(sweep, lambda task: -task.config.adapter.rank)
+    assert {(c.point["adapter.rank"], c.trials) for c in choices} == {(1, 2)}
+    _, choices, _ = finish(sweep, lambda task: task.config.adapter.rank)
+    assert {(c.point["adapter.rank"], c.trials) for c in choices} == {(27, 4)}
 
 
 def test_a_method_without_use_for_an_axis_tries_as_many_of_another() -> None:

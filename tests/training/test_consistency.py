@@ -409,19 +409,19 @@ def test_every_other_problem_at_once() -> None:
             epochs=0,
         )
     for part in (
-        "consistency must be at least 0, got -1",
-        "consistency_fraction is 0, so nothing would be looked at twice",
-        "consistency_every must be at least 1, got 0",
+        "consistency must be a number of at least 0, got -1",
+        "consistency_fraction must be a number above 0 and at most 1, got 0",
+        "consistency_every must be a whole number of at least 1, got 0",
         "consistency of nolora needs noise on v",
         "consistency_mode previous does not go with mixup or cutmix",
-        "epochs must be at least 1, got 0",
+        "epochs must be a whole number of at least 1, got 0",
     ):
         assert part in str(caught.value)
     with pytest.raises(
         ConfigError, match=r"consistency_mode must be one of twice, .*got 'twise'\. Did you mean 'twice'"
     ):
         RunConfig(consistency_mode="twise", adapter=NOISY)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="consistency_fraction must be between 0 and 1, got 2"):
+    with pytest.raises(ConfigError, match="consistency_fraction must be a number above 0 and at most 1, got 2"):
         RunConfig(consistency_fraction=2)
     for mode in ("twice", "part", "every"):
         assert RunConfig(consistency=0.1, consistency_mode=mode, mixup=0.2, adapter=NOISY)  # type: ignore[arg-type]
