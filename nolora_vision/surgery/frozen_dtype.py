@@ -115,9 +115,10 @@ def no_longer_held(model: nn.Module, names: Iterable[str]) -> None:
     """Parameters of a bare model that get other values: in their own type again, and left alone by `release_frozen`."""
     held: Held | None = getattr(model, HELD, None)
     own = bare_state(model)
-    for name in names if held is not None else ():
-        if name in held.weights:
-            own[name].data = own[name].data.to(held.weights.pop(name).dtype)
+    weights = {} if held is None else held.weights
+    for name in names:
+        if name in weights:
+            own[name].data = own[name].data.to(weights.pop(name).dtype)
 
 
 def held_in(model: nn.Module) -> torch.dtype | None:
