@@ -146,6 +146,15 @@ def test_a_fault_that_passes_is_got_over(cold: Machine, world: Any, asset: str, 
     assert not cold.hub.faults.times  # it happened
 
 
+@pytest.mark.parametrize(
+    ("asset", "listing"), [("dataset", f"/api/{COLOURS}/"), ("adapter", f"/api/models/{ADAPTER}/")]
+)
+def test_a_busy_hub_is_asked_again_which_files_there_are(cold: Machine, world: Any, asset: str, listing: str) -> None:
+    cold.hub.faults = hub_server.Faults(where=listing, status=429, times=3)
+    assert cold.result(asset) == world[1][asset]
+    assert cold.hub.faults.times == 0
+
+
 PERSISTENT: dict[str, tuple[dict[str, Any], str]] = {
     "dropped": ({"cut_after": 100}, "HF_HUB_DOWNLOAD_TIMEOUT=60"),
     "stalled": ({"stall_s": 1.5}, "HF_HUB_DOWNLOAD_TIMEOUT=60"),
