@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,12 +22,11 @@ from nolora_vision.adapters.adapter_files import (
 )
 from nolora_vision.adapters.checkpoint import save_adapter
 from nolora_vision.adapters.hub_cache import DamagedDownloadError, cached_files, cached_models, fetch_whole
-from nolora_vision.adapters.hub_trouble import NO_HUB, advice_for, reason_of, status_of, telling
+from nolora_vision.adapters.hub_trouble import NO_HUB, advice_for, patiently, reason_of, status_of
 from nolora_vision.adapters.peft_format import is_peft
 from nolora_vision.adapters.whole_directory import whole_directory
 
 FILES = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE)
-BUSY, WAITS_S = (429, 500, 502, 503, 504), (1, 2, 4)
 WANTED = "Wanted a directory written by nolora_vision.save_adapter, or the id of one on the Hub (owner/name)."
 
 
@@ -76,7 +73,7 @@ def _download(source: str | Path, revision: str | None) -> Path:
         raise AdapterNotFoundError(f"{source} does not exist. {WANTED}")
     try:
         folder = fetch_whole(
-            lambda: Path(_patiently(lambda: snapshot_download(source, revision=revision, allow_patterns=list(FILES)))),
+            lambda: Path(patiently(lambda: snapshot_download(source, revision=revision, allow_patterns=list(FILES)))),
             lambda: [path for path in cached_files(source, "model", revision) if path.name in FILES],
         )
     except Exception as error:  # clients raise many kinds
@@ -89,19 +86,6 @@ def _download(source: str | Path, revision: str | None) -> Path:
             f"in {folder}. Wanted a repository that nolora_vision.push_to_hub wrote."
         )
     return folder
-
-
-def _patiently(ask: Callable[[], str]) -> str:
-    """Ask again while the Hub is busy: the client does so where it asks for a file, but not where it asks which are."""
-    for seconds in WAITS_S:
-        try:
-            return ask()
-        except Exception as error:
-            response: Any = getattr(telling(error), "response", None)
-            if status_of(error) not in BUSY or "/api/" not in str(response.url):
-                raise
-            time.sleep(seconds)
-    return ask()
 
 
 def _refuse(source: str, revision: str | None, error: Exception) -> NoReturn:

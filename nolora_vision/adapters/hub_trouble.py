@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from nolora_vision.adapters.hub_cache import DamagedDownloadError
 
+T = TypeVar("T")
+
+BUSY, WAITS_S = (429, 500, 502, 503, 504), (1, 2, 4)
 NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 ELSEWHERE = "set HF_ENDPOINT to a mirror"
 NO_HUB = (
@@ -71,6 +76,19 @@ def advice_for(error: BaseException) -> str:
             f" (seconds). Without internet: {ELSEWHERE}, or {COPY}."
         )
     return "It is here as the Hub has it, but cannot be read: it may be damaged there, or of another kind."
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """Ask again while the Hub is busy: its client does so where it asks for a file, but not where it asks which are."""
+    for seconds in WAITS_S:
+        try:
+            return ask()
+        except Exception as error:
+            response: Any = getattr(telling(error), "response", None)
+            if status_of(error) not in BUSY or "/api/" not in str(response.url):
+                raise
+            time.sleep(seconds)
+    return ask()
 
 
 def status_of(error: BaseException) -> int | None:

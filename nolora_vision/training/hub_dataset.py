@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nolora_vision.adapters.hub_cache import COMMIT, cached_commit, cached_files, fetch_whole
-from nolora_vision.adapters.hub_trouble import hub_trouble
+from nolora_vision.adapters.hub_trouble import hub_trouble, patiently
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.registry import REGISTRY
 
@@ -21,13 +21,7 @@ def fetch_dataset(hub_id: str, revision: str) -> Mapping[str, Any]:
     """
     datasets = datasets_library()
     try:
-        builder = fetch_whole(
-            lambda: datasets.load_dataset_builder(hub_id, revision=revision),
-            lambda: _cards(hub_id, revision),
-        )
-        builder = _at_revision(builder, hub_id, revision)
-        builder.download_and_prepare(dl_manager=_careful_downloads(builder))
-        return builder.as_dataset()
+        return patiently(lambda: _prepared(hub_id, revision))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise RunError(
             f"Dataset {hub_id!r} does not exist on the Hub, or is private or gated, or has no revision {revision!r}. "
@@ -39,6 +33,18 @@ def fetch_dataset(hub_id: str, revision: str) -> Mapping[str, Any]:
         instead = "Or use --dataset digits (needs no network) or a local folder of images."
         text = hub_trouble(f"Dataset {hub_id}", "dataset", error, cached=prepared_datasets(), instead=instead)
         raise RunError(text) from error
+
+
+def _prepared(hub_id: str, revision: str) -> Mapping[str, Any]:
+    """What `datasets.load_dataset` does, step by step."""
+    datasets = datasets_library()
+    builder = fetch_whole(
+        lambda: datasets.load_dataset_builder(hub_id, revision=revision),
+        lambda: _cards(hub_id, revision),
+    )
+    builder = _at_revision(builder, hub_id, revision)
+    builder.download_and_prepare(dl_manager=_careful_downloads(builder))
+    return builder.as_dataset()
 
 
 def _cards(hub_id: str, revision: str) -> list[Path]:

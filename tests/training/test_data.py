@@ -136,7 +136,7 @@ def test_empty_split_is_refused() -> None:
 
 def test_wrong_class_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = {"train": dataset_of(10, image="img"), "test": dataset_of(10, image="img")}
-    monkeypatch.setattr(hub_tables, "fetch", lambda *_: copy)
+    monkeypatch.setattr(hub_tables, "fetch_dataset", lambda *_: copy)
     with pytest.raises(RunError, match="should have 10 classes, this copy has 2 in its column 'label'"):
         load_data("cifar10")
     assert load_data("uoft-cs/cifar10", val_split=0.5).class_names == ("cat", "dog")

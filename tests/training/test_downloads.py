@@ -140,8 +140,19 @@ def test_a_fault_that_passes_is_got_over(cold: Machine, world: Any, asset: str, 
     if what.pop("damaged", False):
         what["wrong_bytes"] = FILES[asset][:1]
     cold.hub.faults = fault(asset, **what)
+    if "status" not in what:
+        cold.hub.faults.where = FILES[asset][0]  # not the card, which is asked for first
     assert cold.result(asset) == world[1][asset]
     assert not cold.hub.faults.times  # it happened
+
+
+@pytest.mark.parametrize(
+    ("asset", "listing"), [("dataset", f"/api/{COLOURS}/"), ("adapter", f"/api/models/{ADAPTER}/")]
+)
+def test_a_busy_hub_is_asked_again_which_files_there_are(cold: Machine, world: Any, asset: str, listing: str) -> None:
+    cold.hub.faults = hub_server.Faults(where=listing, status=429, times=3)
+    assert cold.result(asset) == world[1][asset]
+    assert cold.hub.faults.times == 0
 
 
 PERSISTENT: dict[str, tuple[dict[str, Any], str]] = {
