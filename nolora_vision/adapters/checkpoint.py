@@ -22,9 +22,17 @@ from nolora_vision.adapters.description import INFO, describe, refuse_other_weig
 from nolora_vision.adapters.peft_format import is_peft, read_peft, write_peft
 from nolora_vision.config import AdapterConfig, ConfigError
 from nolora_vision.surgery.applied import applied_to
-from nolora_vision.surgery.frozen_dtype import LOADED
+from nolora_vision.surgery.frozen_dtype import LOADED, no_longer_held
 from nolora_vision.surgery.groups import adapter_parameters, parameter_kind
-from nolora_vision.surgery.inject import batches_tracked, inject, injection_of, is_injected, withdraw
+from nolora_vision.surgery.inject import (
+    SHELF,
+    batches_tracked,
+    inject,
+    inject_alone,
+    injection_of,
+    is_injected,
+    withdraw,
+)
 from nolora_vision.surgery.plan import InjectionError
 from nolora_vision.surgery.sites import classifier_paths, inside
 from nolora_vision.surgery.wrappers import bare_model, bare_name, bare_state
@@ -116,12 +124,18 @@ def apply_adapter(
     source: str,
     head: bool = True,
     check_backbone: bool = True,
+    joins: bool = False,
 ) -> None:
     """Put tensors of a saved adapter onto a bare model, all of them or none.
+
+    Args:
+        joins: whether it will share the backbone with adapters that wait under other names.
 
     Raises:
         CheckpointError: if they do not fit. The model is unchanged.
     """
+    if joins or hasattr(model, SHELF):
+        _refuse_trained_backbone(model, state, source)
     _refuse_other_method(model, config, source)
     _refuse_other_model(model, config, head=head, check_backbone=check_backbone)
     if not head:
@@ -130,7 +144,7 @@ def apply_adapter(
     fresh, adapter = not is_injected(model), config["adapter"]
     if fresh and adapter is not None:
         try:
-            inject(model, AdapterConfig.from_dict(adapter))
+            (inject_alone if joins else inject)(model, AdapterConfig.from_dict(adapter))
         except (ConfigError, InjectionError) as error:
             raise AdapterMismatchError(f"{source} does not fit this model: {error}") from error
         except (TypeError, ValueError, RecursionError, OverflowError) as error:
@@ -141,14 +155,16 @@ def apply_adapter(
         if fresh and adapter is not None:
             withdraw(model)
         raise
-    own = bare_state(model)
+    own, heads = bare_state(model), classifier_paths(model)
+    brought = [n for n in state if isinstance(own[n], nn.Parameter) and parameter_kind(n, heads) == "backbone"]
+    no_longer_held(model, brought)
     with torch.no_grad():
         for name, t in state.items():
             own[name].copy_(t)
     setattr(model, INFO, dict(config))
-    heads, parameters = classifier_paths(model), {bare_name(name) for name, _ in model.named_parameters()}
-    brought = [name for name in state if name in parameters and parameter_kind(name, heads) == "backbone"]
-    setattr(model, LOADED, tuple(brought))
+    model.__dict__.pop(LOADED, None)
+    if brought:
+        setattr(model, LOADED, tuple(brought))
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -195,6 +211,16 @@ def _refuse_other_method(model: nn.Module, config: Mapping[str, Any], source: st
         raise AdapterMismatchError(
             f"{source} holds what the method {wanted.get('name')!r} trained, which needs its own layers in the model. "
             f"Load it with nolora_vision.methods.load_trained(model, directory), which makes them."
+        )
+
+
+def _refuse_trained_backbone(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    heads, own = classifier_paths(model), {bare_name(name) for name, _ in model.named_parameters()}
+    changed = [n for n in state if n in own and parameter_kind(n, heads) == "backbone"]
+    if changed:
+        raise AdapterMismatchError(
+            f"{source} holds weights of the backbone itself ({changed[0]} and {len(changed) - 1} more), which adapters "
+            f"beside it could not share. Load it onto a model of its own with load_adapter or from_pretrained."
         )
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nolora_vision.adapters.outfit import Outfit, refresh_active, shelf_of, wear_adapter
+from nolora_vision.adapters.outfit import Outfit, fitted, refresh_active, shelf_of, wear_adapter
 from nolora_vision.surgery.adapter import ADAPTED_LAYERS, adapted_layers
+from nolora_vision.surgery.disabling import is_disabled
 from nolora_vision.surgery.inject import InjectionError
 from nolora_vision.surgery.low_rank_adapter import Adapter
 from nolora_vision.surgery.modulation_noise import batch_of
@@ -47,12 +48,15 @@ def mixed(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[nn.
     with ExitStack() as stack:
         stack.enter_context(_flags_on(bare, outfits))
         paths = [*adapted_layers(bare), *(path for outfit in outfits.values() for path in outfit.adapters)]
+        if is_disabled(bare):
+            paths = []
         for path in dict.fromkeys(paths):  # also those that only the active adapter is on: it must not act here
             adapters = {name: outfit.adapters.get(path) for name, outfit in outfits.items()}
             stack.enter_context(_mixing(bare.get_submodule(path), adapters, groups))
         for path in shelf.bare.heads:
-            heads = {name: outfit.heads[path] for name, outfit in outfits.items()}
-            hook = bare.get_submodule(path).register_forward_hook(_MixedHead(heads, groups))
+            worn = bare.get_submodule(path)
+            heads = {name: fitted(outfit.heads[path], worn) for name, outfit in outfits.items()}
+            hook = worn.register_forward_hook(_MixedHead(heads, groups))
             stack.callback(hook.remove)
         yield model
 

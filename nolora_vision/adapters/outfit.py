@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nolora_vision.adapters.description import INFO
 from nolora_vision.config import did_you_mean
 from nolora_vision.surgery.adapter import ADAPTED_LAYERS, adapted_layers, adapted_type
+from nolora_vision.surgery.disabling import stay_disabled
 from nolora_vision.surgery.inject import RECORD, SHELF, Injection, InjectionError, tell_images
 from nolora_vision.surgery.low_rank_adapter import Adapter
 from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, inside
@@ -112,7 +113,7 @@ def wear(bare: nn.Module, shelf: Shelf, outfit: Outfit) -> None:
         owner, _, name = path.rpartition(".")
         worn = bare.get_submodule(path)
         if worn is not head:
-            setattr(bare.get_submodule(owner), name, head.to(device_of(worn)).train(worn.training))
+            setattr(bare.get_submodule(owner), name, fitted(head, worn).train(worn.training))
     for name, value in shelf.bare.statistics.items():
         bare.get_buffer(name).copy_(outfit.statistics.get(name, value))
     bare.num_classes = outfit.num_classes  # type: ignore[assignment]
@@ -122,6 +123,7 @@ def wear(bare: nn.Module, shelf: Shelf, outfit: Outfit) -> None:
         elif hasattr(bare, attribute):
             delattr(bare, attribute)
     tell_images(bare)
+    stay_disabled(bare)
 
 
 def wear_adapter(layer: nn.Module, adapter: Adapter) -> None:
@@ -137,9 +139,10 @@ def wear_adapter(layer: nn.Module, adapter: Adapter) -> None:
         adapted_type(layer).adopt(layer, adapter)
 
 
-def device_of(module: nn.Module) -> torch.device | None:
-    """Where a module's parameters are."""
-    return next((p.device for p in module.parameters()), None)
+def fitted(head: nn.Module, worn: nn.Module) -> nn.Module:
+    """A head on the device and in the type of the one whose place it takes: the model may have been moved or cast."""
+    like = next(worn.parameters(), None)
+    return head if like is None else head.to(like.device, like.dtype)
 
 
 def heads_of(bare: nn.Module) -> dict[str, nn.Module]:

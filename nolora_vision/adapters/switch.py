@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from nolora_vision.adapters.outfit import (
     Outfit,
     Shelf,
     current_outfit,
-    device_of,
+    fitted,
     heads_of,
     refresh_active,
     shelf_of,
@@ -26,7 +25,9 @@ from nolora_vision.adapters.outfit import (
 )
 from nolora_vision.adapters.pretrained import find_adapter
 from nolora_vision.surgery.adapter import adapted_layers
-from nolora_vision.surgery.inject import RECORD, SHELF, is_injected
+from nolora_vision.surgery.frozen_dtype import release_frozen
+from nolora_vision.surgery.groups import parameter_kind
+from nolora_vision.surgery.inject import RECORD, SHELF, freeze_backbone, is_injected, require_as_before
 from nolora_vision.surgery.sites import classifier_paths
 from nolora_vision.surgery.wrappers import bare_model
 
@@ -54,14 +55,16 @@ def add_adapter(model: nn.Module, name: str, source: str | Path, *, revision: st
         taken = ", ".join(map(repr, shelf.outfits)) or "none"
         raise ValueError(f"An adapter needs a name of its own, got {name!r}. Taken: {taken}.")
     config, state = read_any_adapter(find_adapter(source, revision=revision), bare)
-    _refuse_trained_backbone(bare, state, config, source)
+    if shelf.outfits:
+        _refuse_trained_here(bare)
     worn = current_outfit(bare, shelf)
     _keep_statistics(bare, shelf, state)
     try:
         with torch.random.fork_rng(devices=[]):  # initial values are replaced, and should not move the caller's seed
             wear(bare, shelf, replace(shelf.bare, heads=_fresh_heads(bare, config["num_classes"])))
             bare.num_classes = config["num_classes"]
-            apply_adapter(bare, config, state, source=str(source))
+            apply_adapter(bare, config, state, source=str(source), joins=True)
+            freeze_backbone(bare)  # also where it is only a head: nobody else's backbone may train with it
             added = _taken_off(bare, shelf, statistics={n: t.clone() for n, t in state.items() if n in _buffers(bare)})
     finally:
         wear(bare, shelf, worn)
@@ -94,6 +97,8 @@ def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
 def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     """Forget an adapter. If it was set, the bare backbone is; without any left, the model is as before the first.
 
+    Held weights are then released.
+
     Raises:
         ValueError: if no adapter has this name.
     """
@@ -104,8 +109,8 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
         set_adapter(model, None)
     del shelf.outfits[name]
     if not shelf.outfits:
-        for parameter_name, parameter in bare.named_parameters():
-            parameter.requires_grad_(shelf.required_grad.get(parameter_name, parameter.requires_grad))
+        require_as_before(bare, shelf.required_grad)
+        release_frozen(bare)
         shelf.close()
         delattr(bare, SHELF)
     return model
@@ -164,7 +169,7 @@ def _fresh_heads(bare: nn.Module, num_classes: int | None) -> dict[str, nn.Modul
         return copy.deepcopy(heads)
     try:
         bare.reset_classifier(num_classes)  # type: ignore[operator]
-        return {path: head.to(device_of(heads[path])) for path, head in heads_of(bare).items()}
+        return {path: fitted(head, heads[path]) for path, head in heads_of(bare).items()}
     finally:
         for path, head in heads.items():
             owner, _, name = path.rpartition(".")
@@ -178,12 +183,13 @@ def _keep_statistics(bare: nn.Module, shelf: Shelf, state: dict[str, Tensor]) ->
         shelf.bare.statistics.setdefault(name, bare.get_buffer(name).clone())
 
 
-def _refuse_trained_backbone(bare: nn.Module, state: dict[str, Tensor], config: Any, source: str | Path) -> None:
+def _refuse_trained_here(bare: nn.Module) -> None:
+    """The adapters that are on the model would share what they have trained of the backbone."""
     heads = classifier_paths(bare)
-    own = {name for name, _ in bare.named_parameters()}
-    changed = [n for n in state if n in own and ".adapter." not in n and not any(n.startswith(f"{h}.") for h in heads)]
-    if changed:
+    state = trained_state(bare).items()
+    moved = [n for n, t in state if isinstance(t, nn.Parameter) and parameter_kind(n, heads) == "backbone"]
+    if moved:
         raise AdapterMismatchError(
-            f"{source} holds weights of the backbone itself ({changed[0]} and {len(changed) - 1} more), which adapters "
-            f"beside it could not share. Load it onto a model of its own with load_adapter or from_pretrained."
+            f"The adapters on this model train weights of the backbone itself ({moved[0]} and {len(moved) - 1} more), "
+            f"which adapters beside them could not share. Save them, build the model afresh, and add adapters there."
         )

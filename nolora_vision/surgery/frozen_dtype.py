@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,17 @@ def release_frozen(model: nn.Module) -> bool:
             bare._forward_hooks_always_called.pop(key, None)
     delattr(bare, HELD)
     return True
+
+
+def no_longer_held(model: nn.Module, names: Iterable[str]) -> None:
+    """Parameters of a bare model that get other values: in their own type again, and left alone by `release_frozen`."""
+    held: Held | None = getattr(model, HELD, None)
+    if held is None:
+        return
+    own = bare_state(model)
+    for name in names:
+        if name in held.weights:
+            own[name].data = own[name].data.to(held.weights.pop(name).dtype)
 
 
 def held_in(model: nn.Module) -> torch.dtype | None:

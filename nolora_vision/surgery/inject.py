@@ -13,12 +13,14 @@ from torch import nn
 from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
 from nolora_vision.surgery.adapter import AdaptedLayer, adapted_layers, adapted_type
 from nolora_vision.surgery.applied import APPLIED
+from nolora_vision.surgery.disabling import stay_disabled, without_adapters
 from nolora_vision.surgery.frozen_dtype import release_frozen
 from nolora_vision.surgery.low_rank_adapter import Adapter, LowRankAdapter, SplitAdapter, make_adapter
 from nolora_vision.surgery.modulation_noise import follow_batch
 from nolora_vision.surgery.plan import InjectionError, PlannedAdapter, plan_adapters
 from nolora_vision.surgery.reach import prove_reach
 from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, cure_bypass
+from nolora_vision.surgery.wrappers import bare_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,6 +70,16 @@ def inject(
     if not isinstance(model, nn.Module):
         raise TypeError(f"inject needs a torch.nn.Module, got {type(model).__name__}.")
     _refuse_wrapped_or_injected(model)
+    _refuse_beside_a_shelf(model)
+    return inject_alone(model, config, example_input)
+
+
+def inject_alone(model: Model, config: AdapterConfig, example_input: Any | None = None) -> Model:
+    """`inject`, also where adapters wait under other names while the model wears none.
+
+    Raises:
+        InjectionError: if the model cannot be adapted as asked. It is then unchanged.
+    """
     plan = plan_adapters(model, config)
     adapters = {planned.site.path: _make(model, planned) for planned in plan}
     cured = cure_bypass(model, (planned.site.path for planned in plan))
@@ -84,22 +96,28 @@ def inject(
     setattr(model, RECORD, Injection(config, roles, tuple(cured), before, batches_tracked(model)))
     freeze_backbone(model)
     tell_images(model)
+    stay_disabled(model)
     return model
 
 
 def eject(model: Model) -> Model:
     """Take the adapters out again: the original module objects, timm's flags and requires_grad as before `inject`.
 
-    Adapters that were added by name go with them, the set one and the others. Held weights are released.
+    Adapters that were added by name go with them, the set one and the others; the head stays that of the set one. Held
+    weights are released.
 
     Raises:
         InjectionError: if the model has no adapters.
     """
-    withdraw(model)
+    shelf = getattr(model, SHELF, None)
+    if shelf is None or is_injected(model):
+        withdraw(model)
+    else:
+        require_as_before(model, shelf.required_grad)
     release_frozen(model)
     model.__dict__.pop(APPLIED, None)
-    if hasattr(model, SHELF):
-        getattr(model, SHELF).close()
+    if shelf is not None:
+        shelf.close()
         delattr(model, SHELF)
     return model
 
@@ -112,28 +130,29 @@ def withdraw(model: nn.Module) -> None:
     """
     record = injection_of(model)
     _undo(model, record.cured)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(record.required_grad.get(name, parameter.requires_grad))
+    require_as_before(model, record.required_grad)
     delattr(model, RECORD)
     tell_images(model)
+
+
+def require_as_before(model: nn.Module, required_grad: dict[str, bool]) -> None:
+    """Give parameters the requires_grad that is noted for their names."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(required_grad.get(name, parameter.requires_grad))
 
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
     """Inside the block the model computes without its adapters, bit for bit as the frozen backbone with its head.
 
+    So it does with adapters that are injected, loaded or set inside the block.
+
     Raises:
         InjectionError: if the model has no adapters.
     """
     injection_of(model)
-    before = {layer: layer.adapter_enabled for layer in adapted_layers(model).values()}
-    try:
-        for layer in before:
-            layer.adapter_enabled = False
+    with without_adapters(bare_model(model)):
         yield model
-    finally:
-        for layer, enabled in before.items():
-            layer.adapter_enabled = enabled
 
 
 @torch.no_grad()
@@ -223,6 +242,16 @@ def _refuse_wrapped_or_injected(model: nn.Module) -> None:
     for attribute, wrapper in (("_orig_mod", "torch.compile"), ("module", "a data-parallel wrapper")):
         if isinstance(getattr(model, attribute, None), nn.Module) and len(list(model.children())) == 1:
             raise InjectionError(f"The model is wrapped by {wrapper}; inject the bare model first, then wrap it.")
+
+
+def _refuse_beside_a_shelf(model: nn.Module) -> None:
+    shelf = getattr(model, SHELF, None)
+    if shelf is not None:
+        raise InjectionError(
+            f"This model has adapters by name ({', '.join(map(repr, shelf.outfits))}), and set_adapter would drop one "
+            f"without a name. Train it on a model of its own, save_adapter it there and add_adapter it here; or call "
+            f"nolora_vision.eject(model) first."
+        )
 
 
 def _make(model: nn.Module, planned: PlannedAdapter) -> Adapter:

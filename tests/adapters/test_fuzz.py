@@ -61,7 +61,7 @@ class Case:
         loaded = {name: value.clone() for name, value in self.bare.state_dict().items()}
         assert self.equal(loaded, self.expected), "a load that was not refused is not exact"
         nolora_vision.eject(self.bare)
-        del self.bare._nolora_info, self.bare._nolora_loaded
+        del self.bare._nolora_info
         self.bare.load_state_dict(self.before)
         return "exact"
 

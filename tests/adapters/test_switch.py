@@ -397,3 +397,81 @@ def test_names_are_checked(saved) -> None:
         set_adapter(model, "alpa")
     with pytest.raises(ValueError, match="No adapter is called 'b'"):
         remove_adapter(model, "b")
+
+
+# ------------------------------------------------------------------- what the stateful test's specification asks for
+
+
+def test_a_model_that_was_cast_swaps_and_mixes(saved, x: Tensor) -> None:
+    model = with_all(saved).bfloat16()
+    add_adapter(model, "again", saved["attention"])
+    with torch.no_grad():
+        for name in ("attention", "again", "mlp", None):
+            assert set_adapter(model, name)(x.bfloat16()).dtype == torch.bfloat16
+        assert model(x[:2].bfloat16(), adapter_names=["mlp", "again"]).dtype == torch.bfloat16
+
+
+def test_a_head_alone_freezes_the_backbone_that_others_share(saved, tmp_path: Path) -> None:
+    model = add_adapter(base(), "head", saved["head"])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+    add_adapter(model, "again", save_adapter(model, tmp_path / "a"))
+    remove_adapter(model, "head")
+    nolora_vision.hold_frozen(model, torch.bfloat16)
+    remove_adapter(model, "again")
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert not [name for name in vars(model) if name.startswith("_nolora")]
+
+
+def test_a_shelf_that_wears_none_can_be_ejected_but_not_injected_beside(saved) -> None:
+    model = set_adapter(with_all(saved), None)
+    with pytest.raises(nolora_vision.InjectionError, match=r"adapters by name \('a', .*set_adapter would drop one"):
+        nolora_vision.inject(model)
+    with pytest.raises(nolora_vision.CheckpointError, match="adapters by name"):
+        load_adapter(model, saved["a"])
+    nolora_vision.eject(model)
+    assert nolora_vision.adapter_names(model) == () and all(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_that_train_the_backbone_share_it_with_nobody(saved, tmp_path: Path) -> None:
+    model = nolora_vision.inject(base(), rank=3)
+    model.norm.weight.requires_grad_(True)
+    with pytest.raises(nolora_vision.CheckpointError, match=r"train weights of the backbone itself \(norm\.weight"):
+        add_adapter(model, "b", saved["b"])
+    assert model.norm.weight.requires_grad and nolora_vision.adapter_names(model) == ()
+    brings = save_adapter(model, tmp_path / "brings")
+    shelf = add_adapter(base(), "a", saved["a"])
+    with pytest.raises(nolora_vision.CheckpointError, match=r"holds weights of the backbone itself \(norm\.weight"):
+        load_adapter(shelf, brings)
+
+
+def test_disabled_holds_for_whatever_happens_inside(saved, x: Tensor) -> None:
+    model = set_adapter(with_all(saved), "attention")
+    with torch.no_grad():
+        with nolora_vision.disabled(model):
+            for name in ("mlp", "attention"):
+                set_adapter(model, name)
+                with nolora_vision.disabled(model):
+                    pass
+                features = model.forward_features(x)
+                assert torch.equal(features, base().forward_features(x)), name
+            mixed_heads = model(x[:2], adapter_names=["mlp", "mlp"])
+            assert torch.equal(mixed_heads, set_adapter(model, "mlp")(x[:2]))
+        assert torch.equal(model(x), alone(saved["mlp"], x))
+        with nolora_vision.disabled(model):
+            nolora_vision.eject(model)
+    assert not [path for path, m in model.named_modules() if "adapter_enabled" in vars(m)]
+
+
+def test_weights_that_an_adapter_brings_are_not_held(tmp_path: Path) -> None:
+    model = nolora_vision.inject(base(), rank=3)
+    model.norm.weight.requires_grad_(True)
+    model.blocks[0].attn.proj.bias.requires_grad_(True)
+    wanted = torch.nn.init.normal_(model.blocks[0].attn.proj.bias).clone()  # type: ignore[arg-type]
+    directory = save_adapter(model, tmp_path / "a")
+    other = base()
+    nolora_vision.freeze_backbone(other)
+    nolora_vision.hold_frozen(other, torch.bfloat16)
+    bias = load_adapter(other, directory).blocks[0].attn.proj.bias  # type: ignore[union-attr]
+    assert torch.equal(bias, wanted)
+    nolora_vision.release_frozen(other)
+    assert torch.equal(bias, wanted)
