@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import glob
 import os
 import platform
 import shutil
@@ -93,9 +92,10 @@ def _drop_abandoned(target: Path) -> None:
     """Remove what saves of this machine that were killed left beside the target."""
     if os.name != "posix":  # where signal 0 would end a process instead of asking for it
         return
-    for path in target.parent.glob(glob.escape(_scratch_prefix(target)) + "*"):
-        pid = path.name.removeprefix(_scratch_prefix(target)).split(".")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+    prefix = _scratch_prefix(target)
+    for path in target.parent.iterdir():  # no glob: Python keeps a compiled pattern of each, and names are many
+        pid = path.name.removeprefix(prefix).split(".")[0]
+        if path.name.startswith(prefix) and pid.isdigit() and not _is_alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 

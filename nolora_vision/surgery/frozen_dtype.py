@@ -114,11 +114,12 @@ def release_frozen(model: nn.Module) -> bool:
 def no_longer_held(model: nn.Module, names: Iterable[str]) -> None:
     """Parameters of a bare model that get other values: in their own type again, and left alone by `release_frozen`."""
     held: Held | None = getattr(model, HELD, None)
+    if held is None:
+        return
     own = bare_state(model)
-    weights = {} if held is None else held.weights
     for name in names:
-        if name in weights:
-            own[name].data = own[name].data.to(weights.pop(name).dtype)
+        if name in held.weights:
+            own[name].data = own[name].data.to(held.weights.pop(name).dtype)
 
 
 def held_in(model: nn.Module) -> torch.dtype | None:

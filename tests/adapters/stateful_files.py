@@ -177,10 +177,16 @@ class Files(Surgery):
             update.tensors = {name: t.float().clone() for name, t in source.tensors.items()}
         return Outfit(saved.config, updates, head)
 
+    @property
+    def there(self) -> Shelf:
+        """The shelf, where there is one."""
+        assert self.shelf is not None
+        return self.shelf
+
     @precondition(lambda self: self.shelf is not None)
     @rule(name=st.one_of(st.none(), NAMES))
     def swap(self, name: str | None) -> None:
-        if name is not None and name not in self.shelf.outfits:
+        if name is not None and name not in self.there.outfits:
             with self.unchanged(), pytest.raises(ValueError, match=f"No adapter is called '{name}'"):
                 nolora_vision.set_adapter(self.model, name)
             return
@@ -188,28 +194,28 @@ class Files(Surgery):
         self.set(name)
 
     def set(self, name: str | None) -> None:
-        self.wear(Outfit(None, [], self.shelf.bare_head) if name is None else self.shelf.outfits[name])
-        self.shelf.active = name
+        self.wear(Outfit(None, [], self.there.bare_head) if name is None else self.there.outfits[name])
+        self.there.active = name
 
     @precondition(lambda self: self.shelf is not None)
     @rule(name=NAMES)
     def remove(self, name: str) -> None:
-        if name not in self.shelf.outfits:
+        if name not in self.there.outfits:
             with self.unchanged(), pytest.raises(ValueError, match=f"No adapter is called '{name}'"):
                 nolora_vision.remove_adapter(self.model, name)
             return
         nolora_vision.remove_adapter(self.model, name)
-        if self.shelf.active == name:
+        if self.there.active == name:
             self.set(None)
-        del self.shelf.outfits[name]
-        if not self.shelf.outfits:
+        del self.there.outfits[name]
+        if not self.there.outfits:
             self.give_up_shelf()
 
     @precondition(lambda self: self.shelf is not None and not self.training)
     @rule(data=st.data(), keyword=st.booleans())
     def mix(self, data: st.DataObject, keyword: bool) -> None:
         """Each image by an adapter of its own."""
-        names = data.draw(st.lists(st.sampled_from([None, *self.shelf.outfits]), min_size=3, max_size=3))
+        names = data.draw(st.lists(st.sampled_from([None, *self.there.outfits]), min_size=3, max_size=3))
         x = self.x.to(self.dtype)
         with torch.no_grad():
             if keyword:
@@ -219,7 +225,7 @@ class Files(Surgery):
                     got = self.model(x)
         kind = self.worn.head.tensors["head.weight"].dtype
         for i, name in enumerate(names):
-            outfit = Outfit(None, [], self.shelf.bare_head) if name is None else self.shelf.outfits[name]
+            outfit = Outfit(None, [], self.there.bare_head) if name is None else self.there.outfits[name]
             outfit.head.tensors = {n: t.to(kind) for n, t in outfit.head.tensors.items()}
             classes = outfit.head.classes
             self.compare(got[i : i + 1, :classes], outfit, active=not self.disabled, rows=slice(i, i + 1))

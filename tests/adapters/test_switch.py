@@ -399,7 +399,7 @@ def test_names_are_checked(saved) -> None:
         remove_adapter(model, "b")
 
 
-# ------------------------------------------------------------------------------------- what the stateful test has found
+# ------------------------------------------------------------------- what the stateful test's specification asks for
 
 
 def test_a_model_that_was_cast_swaps_and_mixes(saved, x: Tensor) -> None:
