@@ -92,12 +92,17 @@ def dump_differences(config: RunConfig, *, also: Sequence[str] = ()) -> str:
         if name not in also and value == usual[name]:
             continue
         if name == "adapter":
-            value = {key: item for key, item in value.items() if item != usual[name][key]}
+            value = {key: _short(item) for key, item in value.items() if item != usual[name][key]}
         if isinstance(value, (dict, list)):
             lines.append(f"{name}: {to_yaml(value, default_flow_style=True, width=math.inf)}")
         else:
-            lines.append(to_yaml({name: value}))
+            lines.append(to_yaml({name: _short(value)}))
     return "".join(lines)
+
+
+def _short(value: Any) -> Any:
+    """10 for 10.0, which a field that takes numbers makes of it again."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def as_plain(value: Any) -> Any:
