@@ -191,7 +191,7 @@ class RunConfig:
     keep_checkpoints: Count = 2
     """How many of them are kept; when the run is done they go."""
     eval_only: bool = False
-    """Only test a saved adapter."""
+    """Only test a saved adapter; what is about training then does nothing."""
     adapter_dir: Annotated[File | None, Short(name="adapter-dir", aliases=["--adapter"])] = None
     """Directory of the saved adapter to test, or its id on the Hub."""
     traceback: bool = False

@@ -27,7 +27,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
         {"seed": 1},
     ),
     *({"epohcs": 3}, {"epochs": 0}, {"only": {"epochs": [1]}}, {"choose": {"lr": None}}, {"choose": {"lr": [1, 2]}}),
-    *({"train_on": "train_val", "keep_epoch": "last"}, {"only": {"lr": 3}}, {"lr.x": 3, "lr": 1}),
+    *({"train_on": "train_val", "keep_epoch": "last"}, {"only": {"lr": 3}}, {"lr": 1, "lr.x": 3}),
 )
 AXES: tuple[dict[str, Any], ...] = (
     *(

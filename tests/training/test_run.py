@@ -214,6 +214,7 @@ def test_a_second_run_of_the_same_name_gets_its_own_folder(tmp_path: Path) -> No
         (["--model", "resnet10t", "--model-kwargs", "--img-size", "None"], "ResNet has no layer to adapt for targets="),
         (["--adapter.rank", "65"], "rank 65 is larger than the layer"),
         (["--pretrained", "--pretrained-path", "no.safetensors"], r"--pretrained-path no\.safetensors is no file"),
+        (["--pretrained", "--pretrained-path", "no.safetensors", "--dataset", "cifar11"], "is no file"),
         (["--amp-dtype", "float16"], "needs a GPU"),
         (["--report-to", "wandb"], "--report-to wandb needs a package: pip install wandb"),
     ],

@@ -63,7 +63,7 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path: Path) -> None:
 def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig(
-            epochs=0, smoothing=2, scale=(0.9, 0.1), eval_only=True, warmup_epochs=3, crop_pct=0, mixup=1, batch_size=3
+            epochs=0, smoothing=2, scale=(0.9, 0.1), eval_only=True, warmup_epochs=30, crop_pct=0, mixup=1, batch_size=3
         )
     text = str(caught.value)
     for part in (
@@ -192,6 +192,11 @@ def test_file_and_flags_tell_all_their_mistakes_together_and_where_they_are(tmp_
         "no_aug leaves training images alone, so aa can't change them: give one of them. (line 8, --aa)",
         "shots must be a whole number of at least 1, or None, got 'x'. (--shots)",
     ]
+
+
+def test_a_path_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="embedded null byte"):
+        parse_run_config(["-c", "a\0b"])
 
 
 def test_a_file_that_cannot_be_read_does_not_hide_the_flags(tmp_path: Path) -> None:
