@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import shared_cache
 import nolora_vision
 from nolora_vision.surgery import inject as inject_module
 from nolora_vision.surgery.adapter import AdaptedLayer
+from nolora_vision.training.progress import Silence
 from nolora_vision.training.run import run
 from nolora_vision.training.run_config import RunConfig
 
@@ -243,20 +244,11 @@ def test_a_thousand_swaps_leave_nothing(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ epochs
 
 
-class Counting:
+class Counting(Silence):
     """A run's progress that counts what there is at the ends of two epochs."""
 
     def __init__(self) -> None:
         self.found = {epoch: Census.take() for epoch in (WARM_EPOCHS, EPOCHS)}  # as many as there will be
-
-    def __enter__(self) -> Counting:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None: ...
-
-    def step(self, *, loss: float, top1: float, images_per_s: float) -> None: ...
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
         if int(row["epoch"]) in (WARM_EPOCHS, EPOCHS):
