@@ -50,7 +50,7 @@ def read_flags(args: Sequence[str], *owners: type) -> Flags:
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     problems: list[Problem] = []
-    for group in _groups(args):
+    for group in _groups(args[:-1] if args and args[-1] == "--" else args):  # which says that no flags follow
         spelling = group[0].partition("=")[0]
         flag = known.get(_normal(spelling))
         if flag is None:
