@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nolora_vision.adapters.hub_cache import DamagedDownloadError
 
@@ -84,8 +84,8 @@ def patiently(ask: Callable[[], T]) -> T:
         try:
             return ask()
         except Exception as error:
-            response: Any = getattr(telling(error), "response", None)
-            if status_of(error) not in BUSY or "/api/" not in str(response.url):
+            response = getattr(telling(error), "response", None)
+            if status_of(error) not in BUSY or "/api/" not in str(getattr(response, "url", "")):
                 raise
             time.sleep(seconds)
     return ask()

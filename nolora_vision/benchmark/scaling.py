@@ -35,7 +35,7 @@ class Link:
 LINKS = (
     Link("NVLink 4, 450 GB/s", 450, 5),
     Link("InfiniBand NDR, 50 GB/s", 50, 10),
-    Link("Ethernet 25 Gbit/s", 3.1, 50),
+    Link("Ethernet 25 Gbit/s", 3.125, 50),
 )
 """Of the makers' data sheets, in one direction; none was measured here."""
 

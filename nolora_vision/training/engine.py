@@ -19,6 +19,7 @@ from nolora_vision.training.consistency import Batch, Objective, Outcome, Plain
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.health import Guard, collapsed
+from nolora_vision.training.lost_loaders import awaited
 from nolora_vision.training.order import start_epoch
 from nolora_vision.training.processes import processes
 from nolora_vision.training.sharded import split_like, whole
@@ -154,7 +155,7 @@ def fit(
         start_epoch(train, epoch, skip=tally.images)
         progress.start_epoch(epoch, epochs, len(train))  # type: ignore[arg-type]
         with guard.naming(objective, result):
-            for images, labels, *rows in train if result.batches < len(train) else ():  # type: ignore[arg-type]
+            for images, labels, *rows in awaited(train) if result.batches < len(train) else ():  # type: ignore[arg-type]
                 mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
                 batch = Batch(mixed, targets, rows[0] if rows else None, epoch)
                 outcome, norm = take_step(model, optimizer, objective, batch, guard=guard, accelerator=accelerator)
@@ -213,7 +214,7 @@ def evaluate(
     started = time.perf_counter()
     losses, logits_of, labels_of = [], [], []
     with torch.inference_mode():
-        for images, labels in batches:
+        for images, labels in awaited(batches):
             if poll is not None:
                 poll()
             with accelerator.autocast():

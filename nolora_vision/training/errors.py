@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,8 @@ class NotFiniteError(RunError):
         """Whether the weights in memory are still those from before that step."""
         self.kept: str | None = None
         """What is left of the run, in words."""
+        self.told_by_main = False
+        """Whether another process says it."""
 
     def __str__(self) -> str:
         where = "" if self.where is None else f" {self.where[0].upper()}{self.where[1:]}."
@@ -45,27 +44,6 @@ class NotFiniteError(RunError):
 
 
 LEAVE_OUT = "Mend it, or leave all such images out: --on-bad-image skip."
-
-
-@contextmanager
-def lost_worker_explained() -> Iterator[None]:
-    """A process that loads images and is killed is said to have been, as it can say nothing itself.
-
-    Raises:
-        RunError: which one, and what to do.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not (found := LOST_WORKER.search(f"{error} {error.__cause__ or ''}")):
-            raise
-        raise RunError(
-            f"A process that loads images died ({found[0]}), as where memory runs out. Use fewer: --workers 1, or 0 to "
-            f"load in the main process; or a smaller --cache-images."
-        ) from error
-
-
-LOST_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? [^)]*\)[^.:]*")
 
 
 class ImageError(RunError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
 from typing import Any
@@ -52,19 +52,20 @@ class Guard:
             batch: what the gradient is of.
 
         Returns:
-            Its norm before clipping, a scalar; None where gradients are still being added up, and with float16, whose
-            scaler looks for overflow and leaves out such updates itself.
+            Its norm before clipping, a scalar; None where gradients are still being added up, or it is not known, and
+            with float16, whose scaler looks for overflow and leaves out such updates itself.
         """
         self.batch = batch
         if not self.accelerator.sync_gradients:
             return None
+        norm = None
         if self.clip_grad is not None:
-            norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained, self.clip_grad))
-        else:
+            norm = self.accelerator.clip_grad_norm_(self.trained, self.clip_grad)
+        elif self.accelerator.scaler is None:
             norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        norm = whole(norm)
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None or norm is None:  # DeepSpeed clips by itself and need not say
             return None
+        norm = whole(torch.as_tensor(norm))
         if self.can_skip:
             bad = 1 - norm.detach().isfinite().float()
             self.tripped = bad if self.tripped is None else torch.maximum(self.tripped, bad)
@@ -178,7 +179,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     """The tensors of floating point in what a module takes or gives."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
-    return [t for part in value for t in tensors_of(part)] if isinstance(value, Sequence | tuple) else []
+    return [t for part in value for t in tensors_of(part)] if isinstance(value, (tuple, list)) else []
 
 
 def finite(value: Any) -> bool:

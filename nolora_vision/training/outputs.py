@@ -186,7 +186,9 @@ def kept_on_failure(
     try:
         yield
     except NotFiniteError as error:
-        if folder is not None and on_main_process():
+        if not on_main_process():
+            error.told_by_main = error.of == "gradient"  # it is of all processes; a loss is of the one that has it
+        elif folder is not None:
             save_failure(folder, config, data, images, model, error)
         raise
 

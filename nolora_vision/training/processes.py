@@ -25,7 +25,7 @@ def leave_processes() -> None:
     """End the connections between processes, if there are any, before Python ends.
 
     A thread of gloo's that lets go of the last message, a Python object, while Python ends aborts the process (torch
-    2.15), and DDP keeps those threads beyond the connections; so they are given the time to let go of it.
+    2.14), and DDP keeps those threads beyond the connections; so they are given the time to let go of it.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

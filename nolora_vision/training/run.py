@@ -46,7 +46,7 @@ from nolora_vision.training.engine import (
     restore,
     seed_everything,
 )
-from nolora_vision.training.errors import Interrupted, RunError, lost_worker_explained
+from nolora_vision.training.errors import Interrupted, RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.ingredients import (
     build_config_model,
@@ -58,6 +58,7 @@ from nolora_vision.training.ingredients import (
     preprocessing,
     run_loaders,
 )
+from nolora_vision.training.lost_loaders import lost_worker_explained
 from nolora_vision.training.prepare import prepare
 from nolora_vision.training.processes import from_main_process, leave_processes, on_main_process
 from nolora_vision.training.progress import LiveProgress, Silence, print_table
@@ -209,10 +210,11 @@ def train_and_test(
     parts = prepare(config, model, loaders, accelerator)
     objective = objective_of(config, images=len(data.train), gather=accelerator.gather)
     snapshot = Snapshot(model, parts.optimizer, objective, ema=parts.ema, accelerator=accelerator)
-    with StopRequest(listen=checkpoints) as stop, progress if on_main_process() else Silence() as told:
+    shown = progress if on_main_process() else Silence()
+    with lost_worker_explained(), StopRequest(listen=checkpoints) as stop, shown as told:
         keeper = make_checkpointer(config, folder, snapshot, stop) if checkpoints and folder else NoCheckpoints()
         begin_trackers(accelerator, config, folder, keeper.begin()[0].history)
-        with saved_if_stopped(keeper), lost_worker_explained():
+        with saved_if_stopped(keeper):
             result = fit(
                 *parts[:5],
                 accelerator=accelerator,

@@ -15,6 +15,7 @@ from typing import Any
 from nolora_vision.training.checkpoints import read_newest, write_checkpoint
 from nolora_vision.training.errors import Interrupted
 from nolora_vision.training.fit_state import Fit
+from nolora_vision.training.lost_loaders import LOSSES
 from nolora_vision.training.processes import from_main_process, on_main_process
 from nolora_vision.training.snapshot import Snapshot
 from nolora_vision.training.tally import Tally
@@ -43,8 +44,6 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self.__exit__()
-        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise, wherever we are, when its loaders stop, too
-            self._before = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)}
         if os.environ.get("RANK", "0") == "0":
             os.write(2, b"\nStopping after this step; once more to stop at once, without saving.\n")
 
@@ -133,7 +132,7 @@ def saved_if_stopped(checkpointer: Any) -> Iterator[None]:
     """Where a run that is told to stop loses its loaders before it has heard of it, as by a signal to a whole group."""
     try:
         yield
-    except RuntimeError as error:
+    except LOSSES as error:
         if not isinstance(checkpointer, Checkpointer) or not checkpointer.stop.number:
             raise
         whole = checkpointer.snapshot.accelerator.sync_gradients  # else gradients of some batches are on their way

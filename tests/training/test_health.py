@@ -21,7 +21,7 @@ from nolora_vision.training.determinism import deterministic_algorithms
 from nolora_vision.training.engine import evaluate, fit, make_accelerator
 from nolora_vision.training.errors import NotFiniteError, RunError
 from nolora_vision.training.fit_state import Fit
-from nolora_vision.training.health import collapsed, first_not_finite
+from nolora_vision.training.health import collapsed, first_not_finite, tensors_of
 from nolora_vision.training.progress import Silence
 from nolora_vision.training.run import main
 
@@ -162,6 +162,11 @@ def test_or_the_layer_before_what_is_no_layer() -> None:
     assert named == "the gradient is not finite any more where it comes to the output of two"
 
 
+def test_what_is_no_tensor_is_passed_over() -> None:
+    x = torch.ones(2)
+    assert tensors_of(["words", (x, None, 3), {"a": x}, torch.ones(2, dtype=torch.int64)]) == [x]
+
+
 def test_a_loss_that_is_not_finite_by_itself_is_named() -> None:
     def objective(model: nn.Module, batch: Batch) -> Outcome:
         outcome = Plain()(model, batch)
@@ -282,12 +287,8 @@ def test_an_overflow_that_the_scaler_mends_is_not() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-class Limited(torch.autograd.Function):
+class Limited(Bad):
     """Its gradient overflows as float16's would."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]

@@ -1,7 +1,6 @@
 """Two processes compute what one does with the same images in a step, and go on together where they were stopped."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nolora_vision.training.progress import Silence
+from nolora_vision.training.lost_loaders import lost_worker_explained
 from nolora_vision.training.run import main
 
 ROOT = Path(__file__).parents[2]
@@ -128,26 +127,55 @@ def test_a_process_that_is_killed_ends_the_run_which_goes_on_from_its_checkpoint
     assert record["resumed_at_updates"][0] >= 4
 
 
+KILLS = """
+import multiprocessing, os, signal, sys, time
+from nolora_vision.training import run
+from nolora_vision.training.progress import Silence
+
 class KillsLoaders(Silence):
-    """Kills the processes that load images, after some steps."""
+    steps = 0
 
-    def __init__(self, step: int) -> None:
-        self.left = step
+    def step(self, **_):
+        self.steps += 1
+        if self.steps == 3:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(1)
+            print("the step goes on", flush=True)
 
-    def step(self, **_: object) -> None:  # type: ignore[override]
-        self.left -= 1
-        for process in multiprocessing.active_children() if self.left == 0 else ():
-            os.kill(process.pid or 0, signal.SIGKILL)
+run.LiveProgress = KillsLoaders
+sys.exit(run.main())
+"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_a_process_that_loads_images_and_dies_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("nolora_vision.training.run.LiveProgress", lambda: KillsLoaders(3))
-    place = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "40", "-b", "8", "--checkpoint-steps", "2"]
-    assert main([*ARGS, *place]) == 2
-    said = capsys.readouterr().err
-    assert re.search(r"A process that loads images died \(DataLoader worker .*killed.*\).*--workers 1", said), said
-    monkeypatch.undo()
+def test_a_process_that_loads_images_and_dies_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "kills.py"
+    script.write_text(KILLS, encoding="utf-8")
+    args = [*ARGS, "--output", str(tmp_path), "--experiment", "run", "--epochs", "40", "-b", "8"]
+    args += ["--checkpoint-steps", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script), *args], env=environment, capture_output=True, text=True)
+    how = r"DataLoader worker .*exited unexpectedly|ConnectionResetError: .*|EOFError: .*|FileNotFoundError: .*"
+    assert re.search(rf"A process that loads images died \(({how})\).*--workers 1", done.stderr), done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stdout.count("the step goes on") == 1  # torch's handler would raise in it
     assert main(["--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_gradient_that_is_not_finite_is_told_once_and_with_its_layer(tmp_path: Path) -> None:
+    args = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "2", "-b", "8"]
+    args += ["--lr", "1e6", "--clip-grad", "None", "--warmup-epochs", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command(2, *args), env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["of"] == "gradient" and "blocks." in failure["where"]
+    assert done.stderr.count("train.py: The gradient is") == 1 and failure["error"] in done.stderr
+
+
+def test_other_errors_of_these_kinds_stay_what_they_are() -> None:
+    for error in (RuntimeError("shapes differ"), FileNotFoundError("x.png"), ConnectionResetError("of a tracker")):
+        with pytest.raises(type(error)) as caught, lost_worker_explained():
+            raise error
+        assert caught.value is error

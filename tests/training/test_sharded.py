@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
-import json, sys, timm, torch
+import json, timm, torch
 from torch.distributed.fsdp import fully_shard
 import nolora_vision
 from nolora_vision.training.consistency import Plain
@@ -20,9 +20,9 @@ from nolora_vision.training.progress import Silence
 from nolora_vision.training.sharded import is_sharded
 from nolora_vision.training.snapshot import Snapshot
 
-DTYPE = {{"bfloat16": torch.bfloat16, "none": None}}[sys.argv[1]]
-accelerator = make_accelerator(sys.argv[1])
-schedule = type("Schedule", (), {{"step_update": lambda self, updates: None}})()
+ATOL, LOSS = 1e-5, 1e-4  # fp32: sums in another order; 2e-6 was seen in the weights after 9 steps of Adam
+accelerator = make_accelerator("none")
+schedule = type("Schedule", (), {"step_update": lambda self, updates: None})()
 torch.manual_seed(1)
 x, y = torch.randn(24, 3, 16, 16), torch.arange(24) % 3
 data = torch.utils.data.TensorDataset(x, y)
@@ -30,8 +30,6 @@ data = torch.utils.data.TensorDataset(x, y)
 def build():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=16, patch_size=4, num_classes=3)
-    if DTYPE is not None:
-        model.blocks.to(DTYPE)
     nolora_vision.inject(model)
     return model
 
@@ -49,12 +47,12 @@ class Stops:
     def begin(self):
         from nolora_vision.training.fit_state import Fit
         self.fit = self.snapshot.put(*self.state)[0] if self.state else Fit()
-        return self.fit, {{}}
+        return self.fit, {}
 
     def after_step(self, tally):
         if tally is None and self.fit.epochs == self.at:
-            tensors, facts = self.snapshot.take(self.fit, {{}})
-            self.saved = {{k: v.clone() for k, v in tensors.items()}}, json.loads(json.dumps(facts))
+            tensors, facts = self.snapshot.take(self.fit, {})
+            self.saved = {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(facts))
 
     def poll(self):
         pass
@@ -88,7 +86,7 @@ resumed, _, _ = train(again, False, state=saved)
 assert resumed.epochs == 3 and len(resumed.history) == 3
 assert all(torch.equal(resumed.best_state[name], value) for name, value in result.best_state.items())
 
-restore(again, {{k.removeprefix("model/"): v for k, v in saved[0].items() if k.startswith("model/")}})
+restore(again, {k.removeprefix("model/"): v for k, v in saved[0].items() if k.startswith("model/")})
 for name, value in trained_copy(again, again).items():
     assert torch.equal(value, saved[0]["model/" + name])
 restore(again, resumed.best_state)
@@ -96,7 +94,7 @@ scores = evaluate(again, val, accelerator=accelerator)
 if accelerator.is_main_process:
     fresh = build()
     restore(fresh, resumed.best_state)
-    with torch.inference_mode(), accelerator.autocast():
+    with torch.inference_mode():
         loss = torch.nn.functional.cross_entropy(fresh.eval()(x).float(), y)
     assert abs(loss.item() - scores.loss) < LOSS, (loss, scores.loss)
 print("all of it", flush=True)
@@ -106,14 +104,10 @@ leave_processes()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over TCP is not tried on Windows")
-@pytest.mark.parametrize(("amp_dtype", "atol", "loss"), [("none", 1e-5, 1e-4)])
-def test_fsdp_trains_saves_and_goes_on(amp_dtype: str, atol: float, loss: float, tmp_path: Path) -> None:
+def test_fsdp_trains_saves_and_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
-    text = SCRIPT.format().replace("ATOL", str(atol)).replace("LOSS", str(loss))
-    script.write_text(text, encoding="utf-8")
+    script.write_text(SCRIPT, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, "--standalone", str(script), amp_dtype], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*launch, "--standalone", str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("all of it") == 2, done.stderr
