@@ -14,7 +14,7 @@ from nolora_vision.training.errors import RunError
 
 LOSSES = (RuntimeError, ConnectionError, EOFError, FileNotFoundError)
 """What the loss of a loading process raises: the loader sees that it is gone, or that nobody hands a batch over."""
-LOST_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? [^)]*\)[^.:]*")
+LOST_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? [^)]*\) [a-z ]*[a-z]")
 
 
 def awaited(batches: Iterable[Any]) -> Iterator[Any]:
