@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from nolora_vision import CheckpointError, ConfigError, InjectionError
 from nolora_vision.benchmark.sweep_plan import Choice, Sweep, Task, plan, read_sweep
 from nolora_vision.training.config_file import as_plain
+from nolora_vision.training.engine import slow_precision
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.progress import RunsProgress, print_columns
 from nolora_vision.training.record import environment, write_record
@@ -88,6 +89,8 @@ def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> Non
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     shelf, seconds = Shelf(), [0.0]
     with RunsProgress(expected(sweep, plan(sweep, read_results(folder))[0])) as progress:
+        if slow := slow_precision(sweep.base.get("amp_dtype", "none")):
+            progress.say(f"warning: {slow}")
         while True:
             results = read_results(folder)
             missing, choices = plan(sweep, results)

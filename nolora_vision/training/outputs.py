@@ -59,9 +59,9 @@ def make_folder(config: RunConfig, model_name: str, size: int) -> Path:
     raise RunError(f"{config.output / stem} and its numbered successors exist already. Choose another --experiment.")
 
 
-def warn(data: ImageData) -> None:
-    """Say what is odd about the images, before anything is trained on them."""
-    for warning in data.about["warnings"]:
+def warn(data: ImageData, slow: str | None) -> None:
+    """Say what is odd about the images, and what makes training slow, before anything is trained."""
+    for warning in [*data.about["warnings"], *([slow] if slow else [])]:
         print(f"warning: {warning}", file=sys.stderr)
     for split, problems in data.about["skipped_images"].items():
         print(f"warning: {len(problems)} images of the {split} split are left out:", file=sys.stderr)

@@ -45,6 +45,7 @@ from nolora_vision.training.engine import (
     precision_of,
     restore,
     seed_everything,
+    slow_precision,
 )
 from nolora_vision.training.errors import Interrupted, RunError
 from nolora_vision.training.fit_state import Fit
@@ -164,7 +165,7 @@ def load(config: RunConfig, shelf: Shelf | None, *, quiet: bool) -> tuple[ImageD
     """The images and the pretrained model; what is odd about the images is said, unless quiet."""
     data = shelf.data(config) if shelf else load_config_data(config)
     if not quiet and on_main_process():
-        outputs.warn(data)
+        outputs.warn(data, slow_precision(config.amp_dtype))
     return data, (shelf.model if shelf else build_config_model)(config, len(data.class_names))
 
 

@@ -131,6 +131,8 @@ class Tally:
         self.ended = time.perf_counter()
 
 
-def rates_of(optimizer: torch.optim.Optimizer) -> str:
-    """The learning rate of each group, in words."""
-    return ", ".join(f"{g.get('name', i)} {g['lr']:.2g}" for i, g in enumerate(optimizer.param_groups))
+def rates_of(optimizer: torch.optim.Optimizer, *, highest: bool = False) -> str:
+    """The learning rate of each group, now or the highest of its schedule, in words."""
+    rates = [g.get("initial_lr", g["lr"]) if highest else g["lr"] for g in optimizer.param_groups]
+    names = [g.get("name", i) for i, g in enumerate(optimizer.param_groups)]
+    return ", ".join(f"{name} {rate:.2g}" for name, rate in zip(names, rates, strict=True))

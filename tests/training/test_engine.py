@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nolora_vision.training.backbone import training_mode
-from nolora_vision.training.engine import evaluate, fit, make_accelerator, restore
+from nolora_vision.training.engine import evaluate, fit, make_accelerator, restore, slow_precision
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.outputs import history_csv
 from nolora_vision.training.progress import Silence
@@ -132,3 +132,23 @@ def test_half_precision_needs_a_gpu() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RunError, match=r"--amp-dtype float16 needs a GPU\. Use bfloat16"):
             make_accelerator("float16")
+
+
+@pytest.mark.parametrize(
+    ("told", "slow"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": False}, True),
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": True}, False),
+        ({"architecture": "aarch64"}, False),
+        ({}, False),
+    ],
+)
+def test_bfloat16_is_warned_about_where_a_processor_only_emulates_it(
+    told: dict, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert (slow_precision("bfloat16") is not None) == slow
+    assert slow_precision("none") is None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert slow_precision("bfloat16") is None

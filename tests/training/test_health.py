@@ -24,6 +24,7 @@ from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.health import collapsed, first_not_finite, tensors_of
 from nolora_vision.training.progress import Silence
 from nolora_vision.training.run import main
+from nolora_vision.training.tally import rates_of
 
 ADAM = partial(torch.optim.AdamW, fused=True)
 
@@ -248,6 +249,12 @@ def test_a_run_that_names_one_class_is_pointed_out_once() -> None:
     assert told.warnings == result.warnings and len(told.warnings) == 1
     assert told.warnings[0].startswith("After epoch 1, ")
     assert "the same class (33.3 %)" in told.warnings[0] and "rates (0 0)" in told.warnings[0]
+
+
+def test_and_the_rates_that_are_named_are_the_highest_of_the_schedule() -> None:
+    optimizer = torch.optim.SGD([{"params": nn.Linear(1, 1).parameters(), "name": "head", "lr": 0.3}])
+    optimizer.param_groups[0] |= {"initial_lr": 0.3, "lr": 0.0}  # as a schedule of timm's leaves it
+    assert rates_of(optimizer, highest=True) == "head 0.3" and rates_of(optimizer) == "head 0"
 
 
 def test_a_run_that_learns_is_not() -> None:
