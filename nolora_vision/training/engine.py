@@ -23,7 +23,7 @@ from nolora_vision.training.lost_loaders import awaited
 from nolora_vision.training.order import start_epoch
 from nolora_vision.training.processes import processes
 from nolora_vision.training.sharded import split_like, whole
-from nolora_vision.training.tally import Tally, rates_of
+from nolora_vision.training.tally import Tally
 
 Batches = Iterable[Sequence[Tensor]]
 """(images, labels), or for training (images, labels, indices into the data set)."""
@@ -188,8 +188,7 @@ def fit(
         if epoch + 1 == epochs or (validate_every and (epoch + 1) % validate_every == 0):
             scores = evaluate(judged, val, accelerator=accelerator, poll=checkpointer.poll)
             row |= {"val_loss": scores.loss, "val_top1_percent": scores.top1_percent}
-            rates = rates_of(optimizer, highest=True)
-            if complaint := collapsed(scores.top1_percent, scores.labels, epoch=epoch + 1, rates=rates):
+            if complaint := collapsed(scores.top1_percent, scores.labels, optimizer, epoch=epoch + 1):
                 result.warn(complaint, progress)
             if keep_epoch == "last" or scores.top1_percent > result.best_val_top1_percent:
                 result.keep(scores.top1_percent, trained_copy(bare, source))

@@ -187,7 +187,7 @@ def finite(value: Any) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors_of(value))
 
 
-def collapsed(top1_percent: float, labels: Tensor, *, epoch: int, rates: str) -> str | None:
+def collapsed(top1_percent: float, labels: Tensor, optimizer: torch.optim.Optimizer, *, epoch: int) -> str | None:
     """What to say of a validation that is no better than one class for all images; None where it is.
 
     Args:
@@ -198,6 +198,7 @@ def collapsed(top1_percent: float, labels: Tensor, *, epoch: int, rates: str) ->
     chance = share + 2 * sqrt(share * (1 - share) / len(labels))
     if top1_percent > 100 * chance:
         return None
+    rates = rates_of(optimizer, highest=True)
     return (
         f"After epoch {epoch}, {top1_percent:.1f} % of the validation images are right, no more than if all were taken "
         f"for the same class ({100 * share:.1f} %). If it stays so, the learning rates ({rates}) are too high for this "

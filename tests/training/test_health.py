@@ -269,7 +269,8 @@ def test_a_run_that_learns_is_not() -> None:
 @pytest.mark.parametrize(("right", "complains"), [(500, True), (530, True), (533, False), (900, False)])
 def test_chance_is_the_commonest_class_and_two_standard_errors(right: int, complains: bool) -> None:
     labels = torch.tensor([0] * 500 + [1] * 500)  # 2 √(0.25 / 1000) = 3.16 points
-    assert (collapsed(right / 10, labels, epoch=3, rates="0 1") is not None) == complains
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters())
+    assert (collapsed(right / 10, labels, optimizer, epoch=3) is not None) == complains
 
 
 # --------------------------------------------------------------------------------------------------------- float16
