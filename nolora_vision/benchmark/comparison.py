@@ -18,7 +18,10 @@ from nolora_vision.training.neutral import NEUTRAL
 RANK = "adapter.rank"
 TRAIN_SIZE = ("max_train_samples", "shots", "train_fraction")
 """Axes that say how many images are trained on."""
-OF_THE_METHOD = ("method", "peft", "noise", "consistency", "opt_kwargs")
+OF_THE_METHOD = (
+    *("method", "peft", "noise", "opt_kwargs"),
+    *("consistency", "consistency_mode", "consistency_fraction", "consistency_every"),
+)
 """Fields of a run's config that are the method itself; all that begins with adapter is, too."""
 OF_THE_MACHINE = (
     *NEUTRAL,
@@ -75,11 +78,19 @@ class Outcome:
     """The choice is at the edge of its grid: a better one may lie beyond."""
     difference: Difference | None = None
     """To the baseline, over the seeds that both have; None for itself."""
+    loss_difference: Difference | None = None
+    """The same of the test loss, where less is better."""
 
     @cached_property
     def tests(self) -> dict[int, float]:
         """Test top-1 in percent by seed."""
         return {run.seed: run.test for run in self.runs if run.test is not None}
+
+    @cached_property
+    def losses(self) -> dict[int, float]:
+        """Test cross-entropy in nats by seed."""
+        found = {run.seed: run.number("metrics", "test_loss") for run in self.runs}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
 
     @property
     def mean(self) -> float | None:
@@ -177,10 +188,15 @@ def _compare_cell(
 ) -> Comparison:
     labels = [label for label in order if any(run.label == label for run in runs)]
     outcomes = [_outcome(cell, label, [run for run in runs if run.label == label], warnings) for label in labels]
-    reference = next((o.tests for o in outcomes if o.label == baseline), {})
-    compared = (o if o.label == baseline else replace(o, difference=paired(o.tests, reference)) for o in outcomes)
+    reference = next((o for o in outcomes if o.label == baseline), None)
+    compared = (o if o is reference or reference is None else _compared(o, reference) for o in outcomes)
     tried = tuple(run for run in runs if run.phase == "choose" and run.error is None)
     return Comparison(cell, baseline, tuple(compared), tried)
+
+
+def _compared(outcome: Outcome, reference: Outcome) -> Outcome:
+    top1, loss = paired(outcome.tests, reference.tests), paired(outcome.losses, reference.losses)
+    return replace(outcome, difference=top1, loss_difference=loss)
 
 
 def _outcome(cell: Cell, label: str, runs: Sequence[Run], warnings: list[str]) -> Outcome:
@@ -233,6 +249,11 @@ def recipe_notes(comparison: Comparison) -> list[str]:
     notes = []
     for name, by_label in sorted(values.items()):
         if len(set().union(*by_label.values())) > 1:
-            said = "; ".join(f"{label} {' and '.join(sorted(found))}" for label, found in by_label.items())
+            of_value: dict[str, list[str]] = {}
+            for label, found in by_label.items():
+                of_value.setdefault(" and ".join(sorted(found)), []).append(label)
+            *fewer, most = sorted(of_value.items(), key=lambda item: len(item[1]))
+            rest = "the others" if len(most[1]) > 2 else ", ".join(most[1])
+            said = "; ".join(f"{', '.join(labels)} {value}" for value, labels in [*fewer, (most[0], [rest])])
             notes.append(f"The recipes differ in {name}: {said}.")
     return notes

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from nolora_vision.benchmark.comparison import Outcome
 from nolora_vision.benchmark.intervals import Difference, interval
 from nolora_vision.benchmark.report_content import RULE, Report, build_report
 from nolora_vision.benchmark.report_html import page
@@ -118,6 +119,7 @@ def result_rows(report: Report) -> Iterator[dict[str, Any]]:
                 **_accuracy(list(outcome.tests.values())),
                 "baseline": comparison.baseline,
                 **_apart(outcome.difference),
+                **_loss(outcome),
                 "verdict": verdict(outcome),
                 **{name: outcome.average(group, name) for group, names in COSTS for name in names},
                 "failed": outcome.failed(),
@@ -132,6 +134,16 @@ def _accuracy(tests: Sequence[float]) -> dict[str, Any]:
         "test_top1_percent_std": statistics.stdev(tests) if len(tests) > 1 else None,
         "test_top1_percent_low": low,
         "test_top1_percent_high": high,
+    }
+
+
+def _loss(outcome: Outcome) -> dict[str, Any]:
+    losses, apart = list(outcome.losses.values()), outcome.loss_difference
+    low, high = (apart and apart.interval) or (None, None)
+    return {
+        "test_loss_mean": statistics.fmean(losses) if losses else None,
+        "test_loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
+        **{"test_loss_difference": apart and apart.mean, "test_loss_low": low, "test_loss_high": high},
     }
 
 

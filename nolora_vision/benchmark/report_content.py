@@ -76,7 +76,7 @@ def build_report(results: Results) -> Report:
         title=", ".join(dict.fromkeys(sweep.name for sweep in results.sweeps)),
         description=" ".join(dict.fromkeys(sweep.description for sweep in results.sweeps if sweep.description)),
         summary=tuple(summary(results, comparisons, [difference for *_, difference in compared])),
-        by_method=tuple(method_sentences(compared)) if len(words) > FEW else (),
+        by_method=tuple(method_sentences(compared)) if len(words) > FEW and len(comparisons) > 1 else (),
         in_words=words,
         sections=tuple(section for section in sections if section.tables),
         provenance=provenance(results),

@@ -65,7 +65,9 @@ class Look:
 
 
 @contextmanager
-def _panels(count: int, *, width: float = WIDTH, height: float = HEIGHT, columns: int = COLUMNS) -> Iterator[Any]:
+def axes_of_figure(
+    count: int, *, width: float = WIDTH, height: float = HEIGHT, columns: int = COLUMNS
+) -> Iterator[Any]:
     """A figure of so many axes, in the report's style; (figure, axes)."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -88,14 +90,14 @@ def curves_figure(panels: Sequence[Panel], look: Look, *, xlabel: str, ylabel: s
     Args:
         scale: log10, log2, or parameters: log10 with a place for 0.
     """
-    with _panels(len(panels)) as (figure, axes):
+    with axes_of_figure(len(panels)) as (figure, axes):
         drawn = []
         for axis, panel in zip(axes, panels, strict=True):
             low = far_below(panel.curves)
             drawn.append([curve for curve in panel.curves if curve not in low])
             for curve in drawn[-1]:
-                _draw_curve(axis, curve, look)
-            _set_scale(axis, [point.x for curve in drawn[-1] for point in curve.points], scale)
+                draw_curve(axis, curve, look)
+            set_scale(axis, [point.x for curve in drawn[-1] for point in curve.points], scale)
             if (bottom := floor_of(drawn[-1])) is not None:
                 axis.set_ylim(bottom=bottom)
             axis.set_title(panel.title, wrap=True)
@@ -129,7 +131,8 @@ def far_below(curves: Sequence[Curve]) -> list[Curve]:
     return low
 
 
-def _draw_curve(axis: Any, curve: Curve, look: Look) -> None:
+def draw_curve(axis: Any, curve: Curve, look: Look) -> None:
+    """A line through the means, with 95 % intervals, the seeds as dots, and a ring around the best point."""
     style = look.of(curve.label)
     points = curve.points
     axis.plot([p.x for p in points], [p.mean for p in points], label=curve.label, **style)
@@ -141,7 +144,8 @@ def _draw_curve(axis: Any, curve: Curve, look: Look) -> None:
             axis.plot([point.x], [point.mean], "o", markersize=11, fillstyle="none", color=style["color"])
 
 
-def _set_scale(axis: Any, xs: Sequence[float], scale: str) -> None:
+def set_scale(axis: Any, xs: Sequence[float], scale: str, *, labels: bool = True) -> None:
+    """The x-axis of a scale of `curves_figure`; with room for labels at the ends of curves."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(x for x in (*xs, *[1.0] * (not any(xs))) if x > 0), max(*xs, 1e-12)
@@ -151,7 +155,8 @@ def _set_scale(axis: Any, xs: Sequence[float], scale: str) -> None:
         axis.set_xscale("log", base=2 if scale == "log2" else 10)
         room = max((high / low) ** 0.08, 1.6 if scale == "parameters" else 1.0) if high > low else 2
         axis.set_xlim(low / room, high * room)
-    axis.set_xlim(right=high * (max(high / low, 10) ** 0.45))  # the labels stand there
+    if labels:
+        axis.set_xlim(right=high * (max(high / low, 10) ** 0.45))
     axis.xaxis.set_minor_locator(NullLocator())  # its labels would be formulas, which are not parsed here
     if scale == "parameters" or len(set(xs)) > 8:
         if axis.get_xscale() == "log" and high < 30 * low:
@@ -212,7 +217,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 def differences_figure(panels: Sequence[BarPanel], baseline: str) -> Any:
     """A panel for each cell: each method's mean difference to the baseline as a bar from 0, with its 95 % interval."""
     most = max(len(panel.bars) for panel in panels)
-    with _panels(len(panels), height=0.95 + 0.32 * most) as (figure, axes):
+    with axes_of_figure(len(panels), height=0.95 + 0.32 * most) as (figure, axes):
         for axis, panel in zip(axes, panels, strict=True):
             reach = _reach(panel)
             for y, bar in enumerate(panel.bars):
@@ -263,7 +268,7 @@ def functions_figure(functions: Mapping[str, Any]) -> Any:
     """A panel for each method: its learned f, a line for each rank unit, blocks as colour; dashed before training."""
     from matplotlib import colormaps
 
-    with _panels(len(functions), width=3.6, height=3.2, columns=3) as (figure, axes):
+    with axes_of_figure(len(functions), width=3.6, height=3.2, columns=3) as (figure, axes):
         for axis, (label, found) in zip(axes, functions.items(), strict=True):
             blocks = list(dict.fromkeys(row["block"] for row in found["rows"]))
             for row in found["rows"]:

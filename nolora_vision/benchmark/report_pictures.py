@@ -13,6 +13,7 @@ from typing import Any
 from nolora_vision.benchmark import curves, report_figures
 from nolora_vision.benchmark.comparison import Comparison
 from nolora_vision.benchmark.report_content import Report
+from nolora_vision.benchmark.report_multiples import crowded, multiples_figure
 from nolora_vision.benchmark.results import Run
 
 MOST_FUNCTIONS = 9
@@ -71,17 +72,29 @@ def _figures_of_model(cells: Sequence[Comparison], look: report_figures.Look, ax
     ):  # fmt: skip
         if panels:
             labels = {"xlabel": xlabel, "ylabel": "test top-1 (%)", "scale": scale}
-            yield name, title, SEEDS, report_figures.curves_figure(panels, look, **labels)
+            yield name, title, SEEDS + behind(panels), drawn(panels, look, baseline, **labels)
     for axis in axes:
         if panels := curves.by_learning_rate(cells, axis):
             words = axis.replace("_", " ")
             caption = (
                 f"Choose phase, the other chosen axes at their best for each {words}; a ring marks the best; "
-                f"a line that leaves the figure goes on below it. {SEEDS}"
+                f"a line that leaves the figure goes on below it. {SEEDS}{behind(panels)}"
             )
             labels = {"xlabel": words, "ylabel": "validation top-1 (%)", "scale": "log10"}
-            figure = report_figures.curves_figure(panels, look, **labels)
+            figure = drawn(panels, look, baseline, **labels)
             yield f"choose_{axis.replace('.', '_')}", f"Validation accuracy by {words}", caption, figure
+
+
+def drawn(panels: Sequence[curves.Panel], look: report_figures.Look, baseline: str, **labels: str) -> Any:
+    """The curves together, or each apart where they are too many."""
+    if crowded(panels):
+        return multiples_figure(panels, look, baseline=baseline, **labels)
+    return report_figures.curves_figure(panels, look, **labels)
+
+
+def behind(panels: Sequence[curves.Panel]) -> str:
+    """What a caption says of curves that are drawn apart."""
+    return " Dashed: the baseline; grey: the other methods." if crowded(panels) else ""
 
 
 def learned_functions(runs: Sequence[Run]) -> dict[str, Any]:

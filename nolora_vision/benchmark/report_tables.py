@@ -56,21 +56,21 @@ def number(value: float | None, form: str, per: float = 1) -> Value:
     return EMPTY if value is None else Value(format(value / per, form), value)
 
 
-def mean_and_spread(tests: Sequence[float]) -> Value:
+def mean_and_spread(tests: Sequence[float], digits: int = 2) -> Value:
     """86.07 ± 0.53: mean and standard deviation; one value has no deviation."""
     if not tests:
         return EMPTY
     mean = statistics.fmean(tests)
-    return Value(f"{mean:.2f}" + (f" ± {statistics.stdev(tests):.2f}" if len(tests) > 1 else ""), mean)
+    return Value(f"{mean:.{digits}f}" + (f" ± {statistics.stdev(tests):.{digits}f}" if len(tests) > 1 else ""), mean)
 
 
-def difference_value(difference: Difference | None) -> Value:
+def difference_value(difference: Difference | None, digits: int = 2) -> Value:
     """+0.30 (−0.50 to +1.10): mean and interval, as far as there is one."""
     if difference is None:
         return EMPTY
     found = difference.interval
-    reach = "" if found is None else f" ({signed(found[0])} to {signed(found[1])})"
-    return Value(signed(difference.mean) + reach, difference.mean)
+    reach = "" if found is None else f" ({signed(found[0], digits)} to {signed(found[1], digits)})"
+    return Value(signed(difference.mean, digits) + reach, difference.mean)
 
 
 def outcomes_value(difference: Difference | None) -> Value:
@@ -103,6 +103,8 @@ def cell_table(comparison: Comparison, title: str = "") -> Table:
         ),
         ("seeds won / tied / lost", lambda o: outcomes_value(o.difference)),
         ("what is shown", lambda o: Value(verdict(o))),
+        ("test loss", lambda o: mean_and_spread(list(o.losses.values()), 3)),
+        (f"test loss minus {comparison.baseline}'s", lambda o: difference_value(o.loss_difference, 3)),
         *((name.replace("_", " "), _chosen_value(name)) for name in sorted(axes, key=_by_sweep(comparison))),
         ("validation top-1 (%)", lambda o: number(o.average("metrics", "val_top1_percent"), ".2f")),
         ("parameters without head", lambda o: number(o.parameters, ",.0f")),
@@ -140,6 +142,8 @@ def _counting_notes(comparison: Comparison) -> list[str]:
     notes = []
     if comparison.intervals:
         notes.append(multiplicity([difference for _, difference in comparison.differences], "This table"))
+    if any(o.loss_difference and o.loss_difference.interval for o in comparison.outcomes):
+        notes.append("The test loss is the cross-entropy in nats, less is better; its intervals are not counted above.")
     if edges := [outcome.label for outcome in comparison.outcomes if outcome.at_edge]:
         notes.append(f"Chosen at the edge of the grid, so a better choice may lie beyond it: {', '.join(edges)}.")
     if not any(outcome.label == comparison.baseline and outcome.tests for outcome in comparison.outcomes):

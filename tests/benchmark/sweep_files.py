@@ -58,7 +58,7 @@ class SweepFiles:
         **point: Any,
     ) -> Path:
         """A run that is done; final if it has a test accuracy."""
-        final = {} if test is None else {"test_top1_percent": test, "test_loss": 0.5}
+        final = {} if test is None else {"test_top1_percent": test, "test_loss": (100 - test) / 40}
         known = {"train_seconds": 10.0, "total_seconds": 12.0, "peak_memory_bytes": 2**30}
         sizes = {"train_images": train_images, "val_images": 100, "test_images": 2000}
         git = {"commit": "0123456789abcdef", "dirty": False}

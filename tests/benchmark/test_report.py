@@ -56,7 +56,9 @@ def test_the_table_of_a_cell(sweep: SweepFiles) -> None:
     assert rows["swish"] == {
         "method": "swish", "test top-1 (%)": "84.00 ± 3.00", "seeds": "3",
         "minus lora (95 % interval)": "+2.00 (−0.48 to +4.48)", "seeds won / tied / lost": "3 / 0 / 0",
-        "what is shown": "no difference is shown", "lr": "0.004", "head lr": "0.01", "validation top-1 (%)": "80.00",
+        "what is shown": "no difference is shown", "test loss": "0.400 ± 0.075",
+        "test loss minus lora's": "−0.050 (−0.112 to +0.012)",
+        "lr": "0.004", "head lr": "0.01", "validation top-1 (%)": "80.00",
         "parameters without head": "1,000", "training (s)": "10.0", "peak memory (MiB)": "1,024",
     }  # fmt: skip
     assert rows["gate"]["minus lora (95 % interval)"] == "+1.10 (+0.85 to +1.35)"
@@ -66,6 +68,7 @@ def test_the_table_of_a_cell(sweep: SweepFiles) -> None:
     assert table.notes == (
         "This table makes 2 comparisons at 95 %: 1 of the intervals excludes 0, where 0.1 would by chance if no method "
         "differed; 1 still does after Bonferroni's correction for 2.",
+        "The test loss is the cross-entropy in nats, less is better; its intervals are not counted above.",
     )
 
 

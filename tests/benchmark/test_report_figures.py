@@ -15,7 +15,8 @@ from nolora_vision.benchmark import curves, learned
 from nolora_vision.benchmark.curves import Curve, Panel, Point
 from nolora_vision.benchmark.report_content import Report, build_report
 from nolora_vision.benchmark.report_figures import Look, curves_figure, far_below, floor_of, save_figure, spread
-from nolora_vision.benchmark.report_pictures import figures_of, learned_functions
+from nolora_vision.benchmark.report_multiples import crowded
+from nolora_vision.benchmark.report_pictures import drawn, figures_of, learned_functions
 from nolora_vision.benchmark.results import read_results
 from tests.benchmark.sweep_files import SweepFiles
 
@@ -127,6 +128,25 @@ def test_a_run_that_failed_to_learn_does_not_flatten_the_others() -> None:
     assert axis.get_ylim()[0] == 74 and {text.get_text() for text in axis.texts} == {"a", "b"}
     heights = {text.get_text(): text.xy[1] for text in axis.texts}
     assert heights == pytest.approx({"a": 79, "b": 84})  # each at the last of its points that can be seen
+
+
+def test_each_of_many_methods_has_axes_of_its_own_with_the_baseline_behind() -> None:
+    names = tuple("abcdefghi")
+    many = tuple(Curve(name, (Point(1, (80.0 + i,)), Point(10, (81.0 + i,)))) for i, name in enumerate(names[:-1]))
+    low = Curve("i", (Point(1, (20.0,)), Point(10, (21.0,))))
+    assert crowded([Panel("", (*many, low))]) and not crowded([Panel("", many)])
+    once = tuple(Curve(name, (Point(1, (80.0,)),)) for name in names)
+    assert not crowded([Panel("", once)])  # no lines
+    labels = {"xlabel": "x", "ylabel": "y", "scale": "log10"}
+    figure = drawn([Panel("t", (*many, low))], Look(names), "b", **labels)
+    titles = [axis.get_title("left") for axis in figure.axes if axis.get_visible()]
+    assert titles == list(names) and len({axis.get_ylim() for axis in figure.axes[:9]}) == 1
+    for name, axis in zip(names[:-1], figure.axes, strict=False):
+        own = [line for line in axis.lines if line.get_label() == name]
+        assert own[0].get_ydata().tolist() == [80 + names.index(name), 81 + names.index(name)]
+        behind = [line for line in axis.lines if line.get_label() == "_behind"]
+        assert len(behind) == 8 and [line.get_linestyle() for line in behind].index("--") == 1
+    assert [text.get_text() for text in figure.axes[8].texts] == ["↓ 21.0"]
 
 
 def test_numbers_of_parameters_close_to_each_other_have_readable_ticks() -> None:
