@@ -162,12 +162,15 @@ def _apart(difference: Difference | None) -> dict[str, Any]:
 
 
 def run_rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """One row for each run, with its point, metrics and parameters."""
+    """One row for each run, with its point, metrics, parameters and what its last epoch gave."""
     for run in runs:
+        history = run.record.get("history")
+        last = history[-1] if isinstance(history, list) and history and isinstance(history[-1], dict) else {}
         yield {
             **{"sweep": run.sweep.name, "key": run.key, "method": run.label, "phase": run.phase, "seed": run.seed},
             **{"dataset": run.dataset, "model": run.model, **run.point, "error": run.error},
             **(run.record.get("metrics") or {}), **(run.record.get("parameters") or {}),
+            **{f"last_epoch_{name}": last.get(name) for name in ("train_loss", "train_top1_percent", "val_loss")},
         }  # fmt: skip
 
 

@@ -284,6 +284,8 @@ def test_the_files_hold_the_numbers(written: Path) -> None:
     assert (row["wins"], row["seeds"], row["verdict"]) == ("3", "3", "no difference is shown") and "failed" not in row
     runs = list(csv.DictReader((written / "runs.csv").read_text(encoding="utf-8").splitlines()))
     assert len(runs) == 9 + 18 + 2 + 1 and {r["phase"] for r in runs} == {"choose", "final"} and "error" not in runs[0]
+    done = [r["last_epoch_train_loss"] for r in runs if r["last_epoch_train_loss"]]
+    assert set(done) == {"0.25"} and len(done) >= 27
     text = (written / "report.md").read_text(encoding="utf-8")
     assert "| gate | 83.10 ± 2.10 | 3 | +1.10 (+0.85 to +1.35) | 3 / 0 / 0 | higher by 1.10 |" in text
     assert "&lt;script>alert(1)&lt;/script>\\|x" in text and "## Warnings" in text and "skipped: cannot be read" in text
