@@ -20,7 +20,7 @@ from nolora_vision.training.errors import RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.health import Guard, collapsed
 from nolora_vision.training.lost_loaders import awaited
-from nolora_vision.training.order import start_epoch
+from nolora_vision.training.order import number_of, start_epoch
 from nolora_vision.training.processes import processes
 from nolora_vision.training.sharded import split_like, whole
 from nolora_vision.training.tally import Tally
@@ -82,6 +82,12 @@ PLAIN, NO_CHECKPOINTS = Plain(), NoCheckpoints()
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's random numbers, on every device."""
     set_seed(seed)
+
+
+def draw_apart(seed: int, process: int) -> None:
+    """From here on dropout, noise and mixup are other ones on each process; the first draws what it would alone."""
+    if process > 0:
+        set_seed(number_of(seed, process))
 
 
 def precision_of(amp_dtype: str) -> str:

@@ -39,6 +39,7 @@ from nolora_vision.training.engine import (
     Evaluation,
     NoCheckpoints,
     Progress,
+    draw_apart,
     evaluate,
     fit,
     make_accelerator,
@@ -209,6 +210,7 @@ def train_and_test(
         config.amp_dtype, grad_accum_steps=config.grad_accum_steps, report_to=config.report_to, folder=folder
     )
     parts = prepare(config, model, loaders, accelerator)
+    draw_apart(config.seed, accelerator.process_index)
     objective = objective_of(config, images=len(data.train), gather=accelerator.gather)
     snapshot = Snapshot(model, parts.optimizer, objective, ema=parts.ema, accelerator=accelerator)
     shown = progress if on_main_process() else Silence()

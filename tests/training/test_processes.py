@@ -174,6 +174,35 @@ def test_a_gradient_that_is_not_finite_is_told_once_and_with_its_layer(tmp_path:
     assert done.stderr.count("train.py: The gradient is") == 1 and failure["error"] in done.stderr
 
 
+DRAWS = """
+import sys, torch
+from nolora_vision.training import run
+from nolora_vision.training.processes import gather_objects, on_main_process
+
+def fit(*args, **options):
+    drawn = gather_objects(torch.rand(1).item())
+    if on_main_process():
+        print("drawn", *drawn, flush=True)
+    sys.exit(0)
+
+run.fit = fit
+run.main()
+"""
+
+
+def test_each_process_draws_its_own_noise_and_the_first_that_of_a_run_alone(tmp_path: Path) -> None:
+    script = tmp_path / "draws.py"
+    script.write_text(DRAWS, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    drawn = []
+    for start in ([sys.executable], LAUNCH):
+        args = [*start, str(script), *ARGS, "-b", "8", "--output", str(tmp_path)]
+        done = subprocess.run(args, env=environment, capture_output=True, text=True)
+        drawn.append(re.findall(r"^drawn (.*)$", done.stdout, re.MULTILINE)[0].split())
+    (alone,), (first, second) = drawn
+    assert first == alone != second
+
+
 def test_other_errors_of_these_kinds_stay_what_they_are() -> None:
     for error in (RuntimeError("shapes differ"), FileNotFoundError("x.png"), ConnectionResetError("of a tracker")):
         with pytest.raises(type(error)) as caught, lost_worker_explained():
