@@ -112,8 +112,8 @@ def slow_precision(amp_dtype: str) -> str | None:
     if amp_dtype != "bfloat16" or torch.accelerator.is_available() or not known:
         return None
     return (
-        "this processor has no instructions for bfloat16: it computes in fp32 and rounds, which takes many times as "
-        "long as fp32. Leave out --amp-dtype."
+        "this processor has no instructions for bfloat16: it is emulated, which takes many times as long as fp32. "
+        "Leave out --amp-dtype."
     )
 
 
