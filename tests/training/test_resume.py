@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,15 @@ def test_the_command_says_how_to_go_on_and_needs_no_more_than_that(
     assert f"{folder} is done already" in capfd.readouterr().out and (folder / "record.json").read_bytes() == record
 
 
-def test_a_second_signal_does_what_it_does_without_us(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as at a terminal, also where the tests run in the background of a shell, which lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_does_what_it_does_without_us(capfd: pytest.CaptureFixture[str], interruptible: None) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
