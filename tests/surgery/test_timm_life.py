@@ -40,9 +40,7 @@ def set_flags(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fresh_adapters_change_no_bit(family, dtype: torch.dtype, training: bool) -> None:
     model, x = family.build().to(dtype).train(training), family.images(2).to(dtype)
-    model.requires_grad_(
-        False
-    )  # alone this makes torch fold a product or not, which rounds otherwise on some processors
+    model.requires_grad_(False)  # this alone makes torch fold products or not, which some processors round otherwise
 
     def output(m: nn.Module) -> Tensor:
         torch.manual_seed(1)  # dropout and stochastic depth
