@@ -20,17 +20,19 @@ from nolora_vision.kernels import eager, torch_stages
 from nolora_vision.kernels.eager import (
     Frozen,
     LowRank,
-    no_autocast,
     operands_of,
     stacked_down,
     stacked_up,
     with_operands,
 )
 from nolora_vision.kernels.origin import Origin, origin_of
-from nolora_vision.kernels.products import affine
+from nolora_vision.kernels.products import cast, input_gradient, thin, up_gradient
 
 LEADING = 7
 """Arguments of the node before the operands of the branches: x, base, W, b, branches, origin and stages."""
+AGAIN_FROM = 2**24
+"""Numbers in x from which a GPU makes it again, instead of keeping it: for fewer the kernels that this takes (one for
+what an activation made, seven for a norm) would be launched for longer than they run."""
 
 
 def low_rank_delta(
@@ -52,11 +54,19 @@ def low_rank_delta(
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base
     if torch.is_grad_enabled():
+        if weight is not None and stages is torch_stages and _is_plain(branches):
+            y = _Plain.apply(x, weight, bias, branches[0].down, branches[0].up, _origin(x))
+            return y.view(*x.shape[:-1], y.shape[-1])
         operands = [t for branch in branches for t in operands_of(branch)]
-        y = _Update.apply(x, given, weight, bias, tuple(branches), origin_of(x), stages, *operands)
+        y = _Update.apply(x, given, weight, bias, tuple(branches), _origin(x), stages, *operands)
     else:
         y, _ = forward(x, given, weight, bias, branches, stages, owned=False)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
+
+
+def _origin(x: Tensor) -> Origin | None:
+    """What x is made of, where making it again is worth it."""
+    return None if x.device.type == "cuda" and x.numel() < AGAIN_FROM else origin_of(x)
 
 
 class _Update(torch.autograd.Function):
@@ -85,10 +95,57 @@ class _Update(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: by the definition, which autograd can follow
             found = _through_the_definition(kept.x(), weight, branches, dy, asked)
         else:
-            with no_autocast(dy.device.type):
+            with _AutocastOff(dy.device.type):
                 found = by_hand(kept, h, weight, branches, dy, asked, ctx.stages)
         d_base = dy.view(*ctx.shape[:-1], dy.shape[-1]) if wanted[1] else None
         return found[0], d_base, *[None] * (LEADING - 2), *found[1:]
+
+
+def _is_plain(branches: Sequence[LowRank]) -> bool:
+    return len(branches) == 1 and branches[0].rows is None and torch_stages.passes_through(branches)
+
+
+class _Plain(torch.autograd.Function):
+    """`_Update` for y = W x + b + B A x, the products alone: a GPU is done with them sooner than Python with the rest.
+
+    The same numbers, bit for bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        """y: (M, E)."""
+        weight, bias, down, up, origin = rest
+        y = _owner(F.linear(x, weight, bias))
+        with _AutocastOff(x.device.type):
+            ctx.cast = cast(down, y.dtype), cast(up, y.dtype)  # small, and the backward pass would make them again
+            h = F.linear(cast(x, y.dtype).reshape(-1, x.shape[-1]), ctx.cast[0])
+            y.addmm_(h, ctx.cast[1].t())
+        ctx.save_for_backward(h, weight, down, up, *((x,) if origin is None else origin.tensors))
+        ctx.origin, ctx.shape, ctx.dtype = origin, x.shape, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of x, A and B, as far as they are asked for."""
+        h, weight, down, up, *tensors = ctx.saved_tensors
+        kept, dtype = Input(tensors, ctx.origin, ctx.shape, ctx.dtype), dy.dtype
+        of_x, _, _, of_down, of_up, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            asked = (of_x, of_down, of_up)
+            found = _through_the_definition(kept.x(), weight, [LowRank(down, up)], dy, asked)
+            return found[0], None, None, *found[1:], None
+        dx = d_down = d_up = None
+        with _AutocastOff(dy.device.type):
+            of_type = [t if t.dtype == dtype else own.to(dtype) for t, own in zip(ctx.cast, (down, up), strict=True)]
+            dh = thin(dy, of_type[1])
+            if of_x:
+                dx = input_gradient(dy, cast(weight, dtype)).addmm_(dh, of_type[0])
+                dx = cast(dx.view(ctx.shape), ctx.dtype)
+            if of_down:
+                d_down = cast(kept.down_gradient(dh, dtype, torch_stages), down.dtype)
+            if of_up:
+                d_up = cast(up_gradient(cast(h, dtype), dy), up.dtype)
+        return dx, None, None, d_down, d_up, None
 
 
 class Input(NamedTuple):
@@ -112,7 +169,7 @@ class Input(NamedTuple):
         theirs: it is D / R times smaller than x.
         """
         if self.origin is None or self.origin.rows_of_norm is None:
-            return stages.down_gradient(self.x().to(dtype).reshape(-1, self.shape[-1]), dh)
+            return stages.down_gradient(cast(self.x(), dtype).reshape(-1, self.shape[-1]), dh)
         dh = self.origin.rows_of_norm(dh.reshape(*self.shape[:-1], dh.shape[-1])).reshape(dh.shape)
         u, mean, rstd, weight, bias = self.tensors
         u, mean, rstd = u.reshape(-1, self.shape[-1]).to(mean.dtype), mean.reshape(-1, 1), rstd.reshape(-1, 1)
@@ -139,10 +196,25 @@ def forward(
         y = _owner(y) if owned else y.reshape(-1, y.shape[-1])
     else:
         y = given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)
-    with no_autocast(x.device.type):
-        h, z = stages.rank_features(flat.to(y.dtype), branches, y.dtype, _rows_per_sample(x.shape))
+    with _AutocastOff(x.device.type):
+        h, z = stages.rank_features(cast(flat, y.dtype), branches, y.dtype, _rows_per_sample(x.shape))
         y.addmm_(z, stacked_up(branches, y.shape[-1], y.dtype).t())
     return y, h
+
+
+class _AutocastOff:
+    """As `torch.autocast(kind, enabled=False)`, without its bookkeeping: that takes longer than a small product."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.on = kind, eager.autocasts(kind)
+
+    def __enter__(self) -> None:
+        if self.on:
+            torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.on:
+            torch.set_autocast_enabled(self.kind, True)
 
 
 def _owner(y: Tensor) -> Tensor:
@@ -182,19 +254,17 @@ def by_hand(
     if wanted[0]:
         down = stacked_down(branches, dtype)
         if weight is None:
-            dx = dh.to(dtype) @ down
+            dx = cast(dh, dtype) @ down
         else:
-            dx = stages.add_input_gradient(affine(dy, weight.to(dtype).t()), dh, down)
-        found[0] = dx.view(shape).to(kept.dtype)
+            dx = stages.add_input_gradient(input_gradient(dy, cast(weight, dtype)), dh, down)
+        found[0] = cast(dx.view(shape), kept.dtype)
     if d_up is not None:
         d_down = kept.down_gradient(dh, dtype, stages)
-        start = 0
-        for branch, smaller in zip(branches, d_small, strict=True):
-            stop = start + branch.down.shape[0]
-            found.append(d_down[start:stop].to(branch.down.dtype))
-            found.append(_gathered(d_up[:, start:stop], branch.rows).to(branch.up.dtype))
-            found += smaller
-            start = stop
+        ranks = [branch.down.shape[0] for branch in branches]
+        parts = [(d_down, d_up)] if len(ranks) == 1 else zip(d_down.split(ranks), d_up.split(ranks, 1), strict=True)
+        for branch, (of_down, of_up), smaller in zip(branches, parts, d_small, strict=True):
+            of_up = cast(_gathered(of_up, branch.rows), branch.up.dtype)
+            found += [cast(of_down, branch.down.dtype), of_up, *smaller]
     else:
         found += [None] * (len(wanted) - 1)
     return [gradient if asked else None for gradient, asked in zip(found, wanted, strict=True)]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nolora_vision.kernels.products import cast
+
 # ---------------------------------------------------------------------------------------------- nonlinearities f_θ
 
 
@@ -207,10 +209,10 @@ class Frozen(NamedTuple):
 
 def rank_space(h: Tensor, branch: LowRank) -> Tensor:
     """s · v ⊙ f_θ(h): (..., R) → (..., R), in at least fp32."""
-    h = h.to(torch.promote_types(h.dtype, torch.float32))
-    theta = tuple(part.to(h.dtype) for part in branch.theta)
-    gate = None if branch.gate is None else (branch.gate[0].to(h.dtype), branch.gate[1].to(h.dtype))
-    v = None if branch.v is None else branch.v.to(h.dtype)
+    h = cast(h, torch.promote_types(h.dtype, torch.float32))
+    theta = tuple(cast(part, h.dtype) for part in branch.theta)
+    gate = None if branch.gate is None else (cast(branch.gate[0], h.dtype), cast(branch.gate[1], h.dtype))
+    v = None if branch.v is None else cast(branch.v, h.dtype)
     z = modulate(FORMULAS[branch.nonlinearity].function(h, *theta), h, v, gate)
     return z if branch.scale == 1 else z * branch.scale
 
@@ -239,14 +241,14 @@ def low_rank_delta(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]
 def stacked_down(branches: Sequence[LowRank], dtype: torch.dtype) -> Tensor:
     """The A of all branches below one another: (R, D)."""
     if len(branches) == 1:
-        return branches[0].down.to(dtype)
+        return cast(branches[0].down, dtype)
     return torch.cat([branch.down.to(dtype) for branch in branches])
 
 
 def stacked_up(branches: Sequence[LowRank], out_features: int, dtype: torch.dtype) -> Tensor:
     """The B of all branches beside one another, 0 where one does not reach: (E, R)."""
     if len(branches) == 1:
-        return _spread(branches[0].up.to(dtype), branches[0].rows, out_features)
+        return _spread(cast(branches[0].up, dtype), branches[0].rows, out_features)
     return torch.cat([_spread(branch.up.to(dtype), branch.rows, out_features) for branch in branches], dim=1)
 
 

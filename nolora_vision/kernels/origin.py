@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nolora_vision.kernels.products import cast
+
 Rows = Callable[[Tensor], Tensor]
 Make = Callable[[Iterator[Tensor]], Tensor]
 """Takes the tensors that it needs from an iterator, in the order in which they were listed."""
@@ -32,7 +34,7 @@ class Origin(NamedTuple):
 
     def x(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """x again, connected to `tensors` if gradients are enabled."""
-        return self.make(iter(tensors)).to(dtype)
+        return cast(self.make(iter(tensors)), dtype)
 
 
 def origin_of(x: Tensor) -> Origin | None:

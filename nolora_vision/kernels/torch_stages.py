@@ -5,7 +5,7 @@ Shapes: `M` rows, `D` in_features, `E` out_features, `R` rank of all branches to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from nolora_vision.kernels.eager import (
     stacked_down,
     with_operands,
 )
-from nolora_vision.kernels.products import thin, thin_transposed
+from nolora_vision.kernels.products import cast, thin, thin_transposed, up_gradient
 
 
 def rank_features(
@@ -33,7 +33,7 @@ def rank_features(
         rows_per_sample: rows that share a v, where v is one per sample.
     """
     h = F.linear(x, stacked_down(branches, dtype))  # the definition's own product: the forward pass has its bits
-    return h, _rank_space(h, branches, rows_per_sample).to(dtype)
+    return h, h if passes_through(branches) else _rank_space(h, branches, rows_per_sample).to(dtype)
 
 
 def rank_gradients(
@@ -48,34 +48,56 @@ def rank_gradients(
         up: B: (E, R), stacked, in dy's type.
     """
     dz = thin(dy, up)
+    if passes_through(branches):
+        z, dh, small = h, dz, [[] for _ in branches]
+    else:
+        z, dh, small = _through(h, branches, dz, rows_per_sample)
+    return dh, up_gradient(cast(z, dy.dtype), dy) if trains else None, small
+
+
+def passes_through(branches: Sequence[LowRank]) -> bool:
+    """Whether z is h: the numbers then need no detour through fp32, which would give them back as they were."""
+    return all(b.nonlinearity == "identity" and b.v is b.gate is None and b.scale == 1 for b in branches)
+
+
+def _through(
+    h: Tensor, branches: Sequence[LowRank], dz: Tensor, rows_per_sample: int
+) -> tuple[Tensor, Tensor, list[list[Tensor | None]]]:
+    """z: (M, R), dh: (M, R) and the small gradients of each branch, in at least fp32."""
     at_least = torch.promote_types(h.dtype, torch.float32)
+    if len(branches) == 1 and not _per_sample(branches):
+        z, dh, found = _back(branches[0])(cast(h, at_least), branches[0], cast(dz, at_least))
+        return z, dh, [found]
     ranks = [branch.down.shape[0] for branch in branches]
     samples = (len(h),)
     if _per_sample(branches):
         samples = (len(h) // max(rows_per_sample, 1), rows_per_sample)
     parts, d_parts, small = [], [], []
     for branch, part, d_part in zip(branches, h.split(ranks, 1), dz.split(ranks, 1), strict=True):
-        back = _by_hand if branch.nonlinearity in DERIVATIVES else _by_autograd
         shape = (*samples, part.shape[1])
-        z, dh, found = back(part.to(at_least).reshape(shape), branch, d_part.to(at_least).reshape(shape))
+        z, dh, found = _back(branch)(part.to(at_least).reshape(shape), branch, d_part.to(at_least).reshape(shape))
         parts.append(z.reshape(part.shape))
         d_parts.append(dh.reshape(part.shape))
         small.append(found)
     z, dh = (both[0] if len(both) == 1 else torch.cat(both, 1) for both in (parts, d_parts))
-    return dh, thin_transposed(z.to(dy.dtype), dy).t() if trains else None, small
+    return z, dh, small
+
+
+def _back(branch: LowRank) -> Callable[[Tensor, LowRank, Tensor], tuple[Tensor, Tensor, list[Tensor | None]]]:
+    return _by_hand if branch.nonlinearity in DERIVATIVES else _by_autograd
 
 
 def _by_hand(h: Tensor, branch: LowRank, dz: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """z, dh and the small gradients, for z = s v ⊙ f ⊙ (1 + t) with t = tanh(G h + c), all (..., R)."""
-    theta = [part.to(h.dtype) for part in branch.theta]
+    theta = [cast(part, h.dtype) for part in branch.theta]
     f, pull = DERIVATIVES[branch.nonlinearity](h, *theta)
     small: list[Tensor | None] = []
     g, z = (dz, f) if branch.scale == 1 else (dz * branch.scale, f * branch.scale)
-    v = None if branch.v is None else branch.v.to(h.dtype)
+    v = None if branch.v is None else cast(branch.v, h.dtype)
     gate = t = None
     if branch.gate is not None:
-        gate = branch.gate[0].to(h.dtype)
-        t = torch.tanh(F.linear(h, gate, branch.gate[1].to(h.dtype)))
+        gate = cast(branch.gate[0], h.dtype)
+        t = torch.tanh(F.linear(h, gate, cast(branch.gate[1], h.dtype)))
         z = torch.addcmul(z, z, t)
     if v is not None:
         small.append(_summed(dz * z, v) if branch.v is not None and branch.v.requires_grad else None)
@@ -113,12 +135,12 @@ def _summed(d: Tensor, like: Tensor) -> Tensor:
 
 def down_gradient(x: Tensor, dh: Tensor) -> Tensor:
     """dA = dhᵀ x: (R, D) for x: (M, D) and dh: (M, R)."""
-    return thin_transposed(dh.to(x.dtype), x)
+    return thin_transposed(cast(dh, x.dtype), x)
 
 
 def add_input_gradient(dx: Tensor, dh: Tensor, down: Tensor) -> Tensor:
     """dx + dh A for dx: (M, D), dh: (M, R), A: (R, D), written into dx."""
-    return dx.addmm_(dh.to(dx.dtype), down)
+    return dx.addmm_(cast(dh, dx.dtype), down)
 
 
 def _rank_space(h: Tensor, branches: Sequence[LowRank], rows_per_sample: int) -> Tensor:

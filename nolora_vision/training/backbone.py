@@ -46,7 +46,11 @@ def build_model(
         options["img_size"] = img_size
     if pretrained_path is not None:
         refuse_absent_weights(pretrained_path)
-        overlay = {"file": str(pretrained_path), "custom_load": False, "num_classes": -1}  # .npz loads by itself; any head
+        overlay = {
+            "file": str(pretrained_path),
+            "custom_load": False,
+            "num_classes": -1,
+        }  # .npz loads by itself; any head
         options["pretrained_cfg_overlay"] = overlay
     try:
         model = create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
