@@ -42,16 +42,11 @@ def build_model(
     if problem := model_problem(name):
         raise RunError(problem)
     options: dict[str, Any] = {**({"drop_path_rate": drop_path} if drop_path else {}), **(model_kwargs or {})}
-    if img_size is not None:
-        options["img_size"] = img_size
+    options |= {} if img_size is None else {"img_size": img_size}
     if pretrained_path is not None:
         refuse_absent_weights(pretrained_path)
-        overlay = {
-            "file": str(pretrained_path),
-            "custom_load": False,
-            "num_classes": -1,
-        }  # .npz loads by itself; any head
-        options["pretrained_cfg_overlay"] = overlay
+        # Any classifier; and not the loader of the .npz that the weights which timm knows may have come from.
+        options["pretrained_cfg_overlay"] = {"file": str(pretrained_path), "custom_load": False, "num_classes": -1}
     try:
         model = create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:

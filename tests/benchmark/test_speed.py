@@ -65,3 +65,23 @@ def test_the_node_keeps_less_and_runs_fewer_large_operations() -> None:
     assert kept["ours swish gate, autograd"] <= 4 * 197 * (3072 + 2)  # x and h, nothing else
     assert kept["ours swish gate, autograd"] < kept["ours swish gate, eager"]
     assert kept["ours swish gate, autograd"] <= kept["peft lora"]
+
+
+def test_a_linear_layer_takes_fewer_operations_than_pefts() -> None:
+    """On a GPU with a slow host, launching them is what a step takes its time for."""
+    counts = {}
+    for method in ("frozen", "peft lora", "ours linear"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential()
+        model.act, model.fc = torch.nn.GELU(), torch.nn.Linear(16, 16)
+        only = nolora_vision.AdapterConfig(rank=2, targets=("fc",))
+        build_row(model, method, only, example_input=torch.zeros(1, 16))
+        x = torch.randn(3, 5, 16, requires_grad=True)
+
+        def forward(model: torch.nn.Module = model, x: torch.Tensor = x) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(x).sum()
+
+        counts[method] = speed.count(speed.Job(method, lambda forward=forward: forward().backward(), forward, model))
+    added = {method: found["operations"] - counts["frozen"]["operations"] for method, found in counts.items()}
+    assert added["ours linear"] < added["peft lora"], added

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import nolora_vision
 from nolora_vision.surgery.frozen_dtype import held_in
-from nolora_vision.training.backbone import set_compute
+from nolora_vision.training.backbone import build_model, set_compute
 from nolora_vision.training.run import main
 from tests.families import FAMILIES, Family
 
@@ -80,3 +82,14 @@ def test_a_run_with_held_weights_scores_as_one_without_and_saves_a_plain_adapter
     assert configs[0]["metadata"]["frozen_dtype"] == "bfloat16" and "frozen_dtype" not in configs[1]["metadata"]
     model = nolora_vision.from_pretrained(tmp_path / "auto" / "adapter")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_own_weights_are_no_npz_though_timms_were(tmp_path: Path) -> None:
+    """timm before 1.0.30 gave them to the loader of the model's original format otherwise."""
+    name, small = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    assert timm.models.get_pretrained_cfg(name).custom_load
+    weights = {k: v + 1 for k, v in timm.create_model(name, pretrained=False, **small).state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    model = build_model(name, 7, pretrained_path=tmp_path / "weights.safetensors", model_kwargs=small)
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
+    assert all(torch.equal(v, weights[k]) for k, v in own.items()) and not model.pretrained_cfg["custom_load"]
