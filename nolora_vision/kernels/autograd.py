@@ -172,10 +172,11 @@ class Input(NamedTuple):
             return stages.down_gradient(cast(self.x(), dtype).reshape(-1, self.shape[-1]), dh)
         dh = self.origin.rows_of_norm(dh.reshape(*self.shape[:-1], dh.shape[-1])).reshape(dh.shape)
         u, mean, rstd, weight, bias = self.tensors
-        u, mean, rstd = u.reshape(-1, self.shape[-1]).to(mean.dtype), mean.reshape(-1, 1), rstd.reshape(-1, 1)
-        g = dh.to(rstd.dtype) * rstd
-        centred = stages.down_gradient(u, g) - g.t() @ mean.to(g.dtype)
-        return torch.addcmul(torch.outer(dh.sum(0), bias.to(dh.dtype)), centred.to(dh.dtype), weight.to(dh.dtype))
+        u, mean, rstd = cast(u, mean.dtype).reshape(-1, self.shape[-1]), mean.reshape(-1, 1), rstd.reshape(-1, 1)
+        dh = cast(dh, mean.dtype)  # at least fp32, as what follows subtracts sums from each other
+        g = dh * rstd
+        centred = stages.down_gradient(u, g) - g.t() @ mean
+        return torch.addcmul(torch.outer(dh.sum(0), cast(bias, dh.dtype)), centred, cast(weight, dh.dtype))
 
 
 def forward(
