@@ -185,7 +185,7 @@ def test_backends_agree_in_fp32_and_are_as_near_as_the_definition_in_bf16(nonlin
     F.cross_entropy(exact(x.double()), torch.arange(7)).backward()
     wanted = {name: p.grad.cuda() for name, p in exact.named_parameters() if p.grad is not None}
     errors: dict[str, dict[str, float]] = {}
-    for backend in ("eager", "autograd", "custom_op", "triton"):
+    for backend in ("eager", "autograd", "custom_op", "triton", "triton_rank"):
         for dtype in (None, torch.bfloat16):
             found = gradients(model, x.cuda(), backend, dtype)
             assert found.keys() - {"logits"} == wanted.keys()

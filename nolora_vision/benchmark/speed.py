@@ -32,7 +32,7 @@ LAYERS: Mapping[str, tuple[int, int]] = {"qkv": (768, 2304), "fc1": (768, 3072),
 """The layers of ViT-B/16, (in_features, out_features)."""
 TOKENS = 197
 Part = Literal["layer", "step", "inference"]
-Mode = Literal["eager", "autograd", "custom_op", "triton", "tuned", "compiled", "compiled_op"]
+Mode = Literal["eager", "autograd", "custom_op", "triton", "triton_rank", "tuned", "compiled", "compiled_op"]
 """How adapters are computed: a backend; or the usual one with what train.py sets under bfloat16 (the frozen weights
 held in it, the attention that is faster there); or that compiled, of the definition or with the operator."""
 Dtype = Literal["float32", "bfloat16"]

@@ -53,14 +53,16 @@ def low_rank_delta(
         return eager.low_rank_delta(x, base, branches)
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base
+    origin = _origin(x) if torch.is_grad_enabled() else None
+    x = cast(x, product_type(x) if given is None else given.dtype)  # once: W x, A x and dA all multiply this, and keep it
     if torch.is_grad_enabled():
         if weight is not None and stages is torch_stages and _is_plain(branches):
-            y = _Plain.apply(x, weight, bias, branches[0].down, branches[0].up, _origin(x))
+            y = _Plain.apply(x, weight, bias, branches[0].down, branches[0].up, origin)
             return y.view(*x.shape[:-1], y.shape[-1])
         operands = [t for branch in branches for t in operands_of(branch)]
-        y = _Update.apply(x, given, weight, bias, tuple(branches), _origin(x), stages, *operands)
+        y = _Update.apply(x, given, weight, bias, tuple(branches), origin, stages, *operands)
     else:
-        y, _ = forward(x, given, weight, bias, branches, stages, owned=False)
+        y, _, _ = forward(x, given, weight, bias, branches, stages, owned=False)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 
@@ -76,7 +78,7 @@ class _Update(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, given: Tensor | None, *rest: Any) -> Tensor:
         """y: (M, E). The node does not keep it: blocks may write into it (`qkv += bias`)."""
         weight, bias, branches, origin, stages, *operands = rest
-        y, h = forward(x, given, weight, bias, branches, stages)
+        y, h, ctx.stacked = forward(x, given, weight, bias, branches, stages)
         kept = (x,) if origin is None else origin.tensors
         ctx.save_for_backward(h, weight, *operands, *kept)
         ctx.branches, ctx.origin, ctx.stages = branches, origin, stages
@@ -96,7 +98,7 @@ class _Update(torch.autograd.Function):
             found = _through_the_definition(kept.x(), weight, branches, dy, asked)
         else:
             with _AutocastOff(dy.device.type):
-                found = by_hand(kept, h, weight, branches, dy, asked, ctx.stages)
+                found = by_hand(kept, h, weight, branches, dy, asked, ctx.stages, ctx.stacked)
         d_base = dy.view(*ctx.shape[:-1], dy.shape[-1]) if wanted[1] else None
         return found[0], d_base, *[None] * (LEADING - 2), *found[1:]
 
@@ -115,10 +117,10 @@ class _Plain(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         """y: (M, E)."""
         weight, bias, down, up, origin = rest
-        y = _owner(F.linear(x, weight, bias))
+        y = _linear(x, weight, bias)
         with _AutocastOff(x.device.type):
             ctx.cast = cast(down, y.dtype), cast(up, y.dtype)  # small, and the backward pass would make them again
-            h = F.linear(cast(x, y.dtype).reshape(-1, x.shape[-1]), ctx.cast[0])
+            h = F.linear(x.reshape(-1, x.shape[-1]), ctx.cast[0])
             y.addmm_(h, ctx.cast[1].t())
         ctx.save_for_backward(h, weight, down, up, *((x,) if origin is None else origin.tensors))
         ctx.origin, ctx.shape, ctx.dtype = origin, x.shape, x.dtype
@@ -188,19 +190,22 @@ def forward(
     stages: ModuleType,
     *,
     owned: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """(y: (M, E), h: (M, R)), y a buffer of its own, and no view of it if `owned`; with autograd off."""
-    flat = x.reshape(-1, x.shape[-1])
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """y: (M, E), h: (M, R), and A: (R, D) and B: (E, R), stacked, in y's type; with autograd off.
+
+    y is a buffer of its own and, if `owned`, no view of it.
+    """
     if given is None:
         assert weight is not None
-        y = F.linear(x, weight, bias)  # under autocast, if it is on; the frozen layer's own bits
-        y = _owner(y) if owned else y.reshape(-1, y.shape[-1])
+        y = _linear(x, weight, bias, owned=owned)
     else:
         y = given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)
     with _AutocastOff(x.device.type):
-        h, z = stages.rank_features(cast(flat, y.dtype), branches, y.dtype, _rows_per_sample(x.shape))
-        y.addmm_(z, stacked_up(branches, y.shape[-1], y.dtype).t())
-    return y, h
+        down, up = stacked_down(branches, y.dtype), stacked_up(branches, y.shape[-1], y.dtype)
+        flat = cast(x, y.dtype).reshape(-1, x.shape[-1])
+        h, z = stages.rank_features(flat, down, branches, y.dtype, _rows_per_sample(x.shape))
+        y.addmm_(z, up.t())
+    return y, h, (down, up)
 
 
 class _AutocastOff:
@@ -216,6 +221,14 @@ class _AutocastOff:
     def __exit__(self, *exception: object) -> None:
         if self.on:
             torch.set_autocast_enabled(self.kind, True)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, owned: bool = True) -> Tensor:
+    """W x + b, the frozen layer's own bits: (M, E), under autocast, if it is on."""
+    if bias is None:  # a plain product, whose result for (..., D) would be (..., E) and no view of (M, E)
+        return F.linear(x.reshape(-1, x.shape[-1]), weight)
+    y = F.linear(x, weight, bias)
+    return _owner(y) if owned else y.reshape(-1, y.shape[-1])
 
 
 def _owner(y: Tensor) -> Tensor:
@@ -245,15 +258,21 @@ def by_hand(
     dy: Tensor,
     wanted: Sequence[bool],
     stages: ModuleType,
+    stacked: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of x and of the operands, `wanted` in this order; each large tensor is read once for each product."""
+    """Gradients of x and of the operands, `wanted` in this order; each large tensor is read once for each product.
+
+    Args:
+        stacked: A and B of all branches, from `forward`; small, and costly for Python to make again.
+    """
     dtype, shape = dy.dtype, kept.shape
-    up = stacked_up(branches, dy.shape[-1], dtype)
+    if stacked is None or stacked[0].dtype != dtype:
+        stacked = stacked_down(branches, dtype), stacked_up(branches, dy.shape[-1], dtype)
+    down, up = stacked
     rows = _rows_per_sample(shape)
     dh, d_up, d_small = stages.rank_gradients(dy, h, branches, up, rows, trains=any(wanted[1:]))
     found: list[Tensor | None] = [None]
     if wanted[0]:
-        down = stacked_down(branches, dtype)
         if weight is None:
             dx = cast(dh, dtype) @ down
         else:

@@ -1,9 +1,9 @@
-"""Which of them computes an update: eager, autograd, custom_op or triton, chosen by name or by what measured faster."""
+"""Which of them computes an update: eager, autograd, custom_op or Triton's, chosen by name or by what measured faster."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
@@ -15,9 +15,10 @@ from nolora_vision.config import did_you_mean
 from nolora_vision.kernels import autograd, eager
 from nolora_vision.kernels.eager import Frozen, LowRank
 
-TRITON_IS_FASTER: frozenset[str] = frozenset()
-"""GPUs, by `torch.cuda.get_device_name()`, on which `python -m nolora_vision.benchmark.speed` found a whole step faster
-with Triton than with the node. Empty: none has been measured yet."""
+TRITON_IS_FASTER: Mapping[str, str] = {}
+"""The backend of Triton by the GPU, as `torch.cuda.get_device_name()` calls it, on which a whole step of
+`python -m nolora_vision.benchmark.speed` is faster with it than with the node. Empty: `triton` was measured on an H100
+and was slower there, `triton_rank` was not measured."""
 
 _chosen = ["auto"]
 
@@ -63,6 +64,23 @@ def _triton(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> Te
     return autograd.low_rank_delta(x, base, branches, stages=_triton_stages()[0])
 
 
+def _triton_rank(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank]) -> Tensor:
+    """The node with f and modulation by Triton; the compiler gets the definition, of which it makes such a kernel.
+
+    Raises:
+        TritonUnavailable: if Triton is missing, or can't compute this update.
+    """
+    if torch.compiler.is_compiling():
+        return eager.low_rank_delta(x, base, branches)
+    if autograd.torch_stages.passes_through(branches):  # nothing is between the products
+        return autograd.low_rank_delta(x, base, branches)
+    if reason := _why_not_triton(x, base, branches):
+        raise TritonUnavailable(f'backend="triton_rank" cannot run: {reason}. Use backend="auto" to do without.')
+    from nolora_vision.kernels import triton_rank
+
+    return autograd.low_rank_delta(x, base, branches, stages=triton_rank)
+
+
 def _is_exporting() -> bool:
     return torch.compiler.is_compiling() and torch.compiler.is_exporting()
 
@@ -72,6 +90,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor | Frozen, Sequence[LowRank]], Tenso
     "autograd": _autograd,
     "custom_op": _custom_op,
     "triton": _triton,
+    "triton_rank": _triton_rank,
 }
 
 
@@ -108,12 +127,13 @@ def select_backend(backend: str, device: torch.device | None = None) -> tuple[st
         raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}.{did_you_mean(backend, known)}")
     if backend != "auto":
         return backend, "asked for"
-    on_gpu = TRITON_IS_FASTER and device is not None and device.type == "cuda"
-    if on_gpu and torch.cuda.get_device_name(device) in TRITON_IS_FASTER:
-        reason = _triton_stages()[1]
-        if not reason:
-            return "triton", "measured faster on this GPU"
-        _warn_once(f"Adapters run without Triton, though it is faster on this GPU: {reason}.")
+    if TRITON_IS_FASTER and device is not None and device.type == "cuda":
+        faster = TRITON_IS_FASTER.get(torch.cuda.get_device_name(device))
+        reason = _triton_stages()[1] if faster else ""
+        if faster and not reason:
+            return faster, "measured faster on this GPU"
+        if reason:
+            _warn_once(f"Adapters run without Triton, though it is faster on this GPU: {reason}.")
     return "autograd", "one node of the graph: fewer passes and less memory than the definition"
 
 
@@ -124,7 +144,7 @@ def _warn_once(message: str) -> None:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Inside the block adapters compute by this backend: auto, eager, autograd, custom_op or triton.
+    """Inside the block adapters compute by this backend: auto, eager, autograd, custom_op, triton or triton_rank.
 
     Raises:
         ValueError: if no backend has this name.
@@ -151,7 +171,7 @@ def low_rank_delta(
     """
     asked = backend or _chosen[0]
     name = select_backend(asked, x.device)[0]
-    if name == "triton" and asked == "auto" and (reason := _why_not_triton(x, base, branches)):
+    if name.startswith("triton") and asked == "auto" and (reason := _why_not_triton(x, base, branches)):
         _warn_once(f"Some adapters run without Triton: {reason}.")
         name = "autograd"
     return BACKENDS[name](x, base, branches)

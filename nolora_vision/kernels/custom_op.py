@@ -94,7 +94,8 @@ def update(
     stages: str,
 ) -> tuple[Tensor, Tensor]:
     """(y: (M, E), h: (M, R)); see `autograd.low_rank_delta`."""
-    return autograd.forward(x, given, weight, bias, _branches(branches, operands), _stages(stages))
+    y, h, _ = autograd.forward(x, given, weight, bias, _branches(branches, operands), _stages(stages))
+    return y, h
 
 
 @update.register_fake

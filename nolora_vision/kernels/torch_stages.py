@@ -18,21 +18,21 @@ from nolora_vision.kernels.eager import (
     operands_of,
     rank_space,
     small_operands,
-    stacked_down,
     with_operands,
 )
 from nolora_vision.kernels.products import cast, thin, thin_transposed, up_gradient
 
 
 def rank_features(
-    x: Tensor, branches: Sequence[LowRank], dtype: torch.dtype, rows_per_sample: int
+    x: Tensor, down: Tensor, branches: Sequence[LowRank], dtype: torch.dtype, rows_per_sample: int
 ) -> tuple[Tensor, Tensor]:
     """h = A x: (M, R) and z = s v ⊙ f(h): (M, R) in `dtype`, for x: (M, D) of that type.
 
     Args:
+        down: A: (R, D), stacked, in x's type.
         rows_per_sample: rows that share a v, where v is one per sample.
     """
-    h = F.linear(x, stacked_down(branches, dtype))  # the definition's own product: the forward pass has its bits
+    h = F.linear(x, down)  # the definition's own product: the forward pass has its bits
     return h, h if passes_through(branches) else _rank_space(h, branches, rows_per_sample).to(dtype)
 
 

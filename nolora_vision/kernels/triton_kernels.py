@@ -1,4 +1,4 @@
-"""The Triton kernels of the node: down and through f; back through B; back through f; back through A.
+"""The Triton kernels of the node: down and through f; through f alone; back through B; through f; through A.
 
 Shapes: `M` rows of all samples, `D` in_features, `E` out_features, `RANK` ranks of all branches, `BRANCH` of each,
 `PADDED` the power of two ≥ 16 above; a program holds tiles of `ROWS` × `COLUMNS`. Offsets of rows are int64: M · E may
@@ -135,6 +135,25 @@ def features_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
+def space_kernel(
+    h_in, v, gate, bias, first, second, third, z_out, M, rows_per_sample, scale,
+    NAME: tl.constexpr, PER_SAMPLE: tl.constexpr, RANK: tl.constexpr, BRANCH: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The second half of K1: z = s · v ⊙ f(h) ⊙ gate for ROWS rows of h: (M, RANK)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ranks = tl.arange(0, PADDED)
+    inside = (rows < M)[:, None] & (ranks < RANK)[None, :]
+    at = rows[:, None] * RANK + ranks[None, :]
+    z = rank_space(
+        tl.load(h_in + at, mask=inside, other=0.0).to(tl.float32),
+        v, gate, bias, first, second, third, rows, ranks, M, rows_per_sample, scale,
+        NAME, PER_SAMPLE, RANK, BRANCH, EXACT, INTERPRETED,
+    )  # fmt: skip
+    tl.store(z_out + at, z, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def up_kernel(
     dy, h_in, up, v, gate, bias, first, second, third, dz_out, d_up, M, E, dy_stride, rows_per_sample, scale,
     NAME: tl.constexpr, PER_SAMPLE: tl.constexpr, RANK: tl.constexpr, BRANCH: tl.constexpr, PADDED: tl.constexpr,
@@ -186,7 +205,7 @@ def rank_kernel(
     ranks = tl.arange(0, PADDED)
     inside = (rows < M)[:, None] & (ranks < RANK)[None, :]
     at = rows[:, None] * RANK + ranks[None, :]
-    h = tl.load(h_in + at, mask=inside, other=0.0)
+    h = tl.load(h_in + at, mask=inside, other=0.0).to(tl.float32)
     if z_out is not None:
         z = rank_space(
             h, v, gate, bias, first, second, third, rows, ranks, M, rows_per_sample, scale,
@@ -194,7 +213,7 @@ def rank_kernel(
         )  # fmt: skip
         tl.store(z_out + at, z, mask=inside)
     dh = rank_space_gradients(
-        tl.load(dz + at, mask=inside, other=0.0), h, v, gate, bias, first, second, third, d_v, small + block * STRIDE,
+        tl.load(dz + at, mask=inside, other=0.0).to(tl.float32), h, v, gate, bias, first, second, third, d_v, small + block * STRIDE,
         rows, ranks, M, rows_per_sample, scale,
         NAME, PER_SAMPLE, SMALL, RANK, BRANCH, EXACT, INTERPRETED,
     )  # fmt: skip

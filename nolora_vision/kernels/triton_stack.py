@@ -32,13 +32,7 @@ def supports(branches: Sequence[LowRank], x: Tensor, dtype: torch.dtype) -> str 
         x: the layer's input, or the gradient of its output.
         dtype: that of the layer's output.
     """
-    same = {
-        "nonlinearity": {branch.nonlinearity for branch in branches},
-        "rank": {branch.down.shape[0] for branch in branches},
-        "scale": {branch.scale for branch in branches},
-        "modulation": {(None if branch.v is None else branch.v.ndim, branch.gate is None) for branch in branches},
-    }
-    if mixed := [name for name, values in same.items() if len(values) > 1]:
+    if len(branches) > 1 and (mixed := _differing(branches)):
         return f"the branches of one layer differ in {' and '.join(mixed)}"
     if x.dtype not in DTYPES or dtype not in DTYPES:
         return f"x of {x.dtype} and an output of {dtype}; it takes float32, bfloat16 and float16"
@@ -47,6 +41,16 @@ def supports(branches: Sequence[LowRank], x: Tensor, dtype: torch.dtype) -> str 
     if branches[0].nonlinearity not in NAMES:
         return f"no formula for the nonlinearity {branches[0].nonlinearity!r}"
     return unfit_device(x)
+
+
+def _differing(branches: Sequence[LowRank]) -> list[str]:
+    same = {
+        "nonlinearity": {branch.nonlinearity for branch in branches},
+        "rank": {branch.down.shape[0] for branch in branches},
+        "scale": {branch.scale for branch in branches},
+        "modulation": {(None if branch.v is None else branch.v.ndim, branch.gate is None) for branch in branches},
+    }
+    return [name for name, values in same.items() if len(values) > 1]
 
 
 def unfit_device(x: Tensor) -> str | None:
@@ -119,7 +123,7 @@ class Stack(NamedTuple):
         found: list[list[Tensor | None]] = []
         for k, branch in enumerate(self.branches):
             r = branch.down.shape[0]
-            parts = [t[k * r : (k + 1) * r] for t in whole]
+            parts = whole if len(self.branches) == 1 else [t[k * r : (k + 1) * r] for t in whole]
             if d_v is not None:
                 parts.insert(0, d_v[..., k * r : (k + 1) * r])
             found.append([part.to(t.dtype) for part, t in zip(parts, small_operands(branch), strict=True)])

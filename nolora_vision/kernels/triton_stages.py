@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nolora_vision.kernels.eager import LowRank, small_operands
 from nolora_vision.kernels.triton_kernels import features_kernel, input_kernel, rank_kernel, up_kernel
-from nolora_vision.kernels.triton_stack import HIGHEST_RANK, Unsupported, joined, stacked, supports
+from nolora_vision.kernels.triton_stack import HIGHEST_RANK, Unsupported, stacked, supports
 
 __all__ = [
     "Unsupported",
@@ -78,12 +78,13 @@ def blocks_for(kernel: str, dtype: torch.dtype, padded: int) -> Blocks:
 
 
 def rank_features(
-    x: Tensor, branches: Sequence[LowRank], dtype: torch.dtype, rows_per_sample: int
+    x: Tensor, down: Tensor, branches: Sequence[LowRank], dtype: torch.dtype, rows_per_sample: int
 ) -> tuple[Tensor, Tensor]:
     """K1: h = x Aᵀ in fp32 and z = s · v ⊙ f(h) ⊙ (1 + tanh(G h + c)) in `dtype`, both (M, R), in one read of x.
 
     Args:
         x: (M, D); multiplied in `dtype`.
+        down: A of all branches: (R, D), of any floating type.
         branches: the updates of one layer, stacked in this order.
         dtype: that of the layer's output.
         rows_per_sample: M / B where v is (B, 1, r); any positive number otherwise.
@@ -92,13 +93,12 @@ def rank_features(
         Unsupported: if `supports` gives a reason.
     """
     stack, x = stacked(branches, x, dtype), _rows(x)
-    down = joined([branch.down for branch in branches])
     h = x.new_empty(x.shape[0], stack.rank, dtype=torch.float32)
     z = torch.empty_like(h, dtype=dtype)
     blocks = blocks_for("features", dtype, stack.padded)
-    arguments = stack.arguments(x.shape[0], rows_per_sample) | _types(dtype)
-    arguments |= {"x": x, "down": down, "h_out": h, "z_out": z, "D": x.shape[1], "x_stride": x.stride(0)}
-    _launch(features_kernel, (triton.cdiv(x.shape[0], blocks.rows),), blocks, arguments)
+    arguments = stack.arguments(x.shape[0], rows_per_sample) | types_of(dtype)
+    arguments |= {"x": x, "down": down.contiguous(), "h_out": h, "z_out": z, "D": x.shape[1], "x_stride": x.stride(0)}
+    launch(features_kernel, (triton.cdiv(x.shape[0], blocks.rows),), blocks, arguments)
     return h, z
 
 
@@ -130,13 +130,12 @@ def rank_gradients(
     z = torch.empty_like(h, dtype=dy.dtype) if trains and not fused else None
     d_v = torch.empty_like(h) if trains and stack.per_sample else None
     small = h.new_empty(parts_of_rank, sum(t.numel() for t in stack.summed))
-    arguments = stack.arguments(m, rows_per_sample) | _types(dy.dtype) | {"h_in": h}
+    arguments = stack.arguments(m, rows_per_sample) | types_of(dy.dtype) | {"h_in": h}
     large = {"dy": dy, "up": up, "dz_out": dz, "d_up": d_up, "E": e, "dy_stride": dy.stride(0)}
-    _launch(up_kernel, (parts,), blocks, arguments | large)
+    launch(up_kernel, (parts,), blocks, arguments | large)
     thin = {"dz": dz, "dh_out": dh, "z_out": z, "d_v": d_v, "small": small, "STRIDE": small.shape[1], "SMALL": trains}
-    if stack.padded <= 32:
-        thin["EXACT"] = "ieee"  # its tiles are small
-    _launch(rank_kernel, (parts_of_rank,), blocks_of_rank, arguments | thin)
+    thin["EXACT"] = exact_in_rank_space(stack.padded, dy.dtype)
+    launch(rank_kernel, (parts_of_rank,), blocks_of_rank, arguments | thin)
     if not trains:
         return dh, None, [[None] * len(small_operands(branch)) for branch in branches]
     whole_up = _total(d_up) if z is None else (dy.t() @ z).float()
@@ -202,11 +201,11 @@ def input_gradients(
         "x_stride": 0 if x is None else x.stride(0), "dx_stride": 0 if dx is None else dx.stride(0), "BLOCKS": each,
         "ACCUMULATE": accumulate, "RANK": rank, "PADDED": padded,
     }  # fmt: skip
-    _launch(input_kernel, (across, groups), blocks, arguments | _types(dtype))
+    launch(input_kernel, (across, groups), blocks, arguments | types_of(dtype))
     return _total(d_down), dx
 
 
-def _types(dtype: torch.dtype) -> dict[str, Any]:
+def types_of(dtype: torch.dtype) -> dict[str, Any]:
     """The type in which large tiles are multiplied; how fp32 ones are, there and in the rank space.
 
     fp32 in, fp32 products. Beside bf16 and fp16 those of the rank space may be sums of three tf32 products, near to
@@ -221,6 +220,11 @@ def _types(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def exact_in_rank_space(padded: int, dtype: torch.dtype) -> str:
+    """How a kernel multiplies that holds nothing but the rank space: exactly where its tiles are small."""
+    return "ieee" if padded <= 32 or dtype == torch.float32 else "tf32x3"
+
+
 def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
@@ -230,13 +234,13 @@ def _total(parts: Tensor | None) -> Tensor | None:
     return None if parts is None else parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], blocks: Blocks, known: dict[str, Any]) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], blocks: Blocks, known: dict[str, Any]) -> None:
     """Run the kernel once for each place of the grid, if there is any, on the GPU where its tensors are."""
     if all(grid):
         known = known | {"ROWS": blocks.rows, "COLUMNS": blocks.columns}
-        arguments = {name: known[name] for name in kernel.arg_names}
-        with _on(next(t for t in arguments.values() if isinstance(t, Tensor))):
-            kernel[grid](**arguments, num_warps=blocks.warps, num_stages=blocks.stages)
+        arguments = [known[name] for name in kernel.arg_names]  # by place: named ones take Python longer
+        with _on(next(t for t in arguments if isinstance(t, Tensor))):
+            kernel[grid](*arguments, num_warps=blocks.warps, num_stages=blocks.stages)
 
 
 def _on(t: Tensor) -> AbstractContextManager[object]:

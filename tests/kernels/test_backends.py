@@ -30,16 +30,16 @@ def test_the_node_is_chosen() -> None:
 
 def on_a_gpu_where_triton_is_faster(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(backends, "TRITON_IS_FASTER", frozenset({"Some GPU"}))
+    monkeypatch.setattr(backends, "TRITON_IS_FASTER", {"Some GPU": "triton_rank"})
     monkeypatch.setattr(backends, "_triton_stages", lambda: (None, reason))
     backends._warn_once.cache_clear()
 
 
 def test_triton_is_chosen_where_it_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu_where_triton_is_faster(monkeypatch, "")
-    assert select_backend("auto", GPU)[0] == "triton"
+    assert select_backend("auto", GPU)[0] == "triton_rank"
     assert select_backend("auto", torch.device("cpu"))[0] == "autograd"
-    monkeypatch.setattr(backends, "TRITON_IS_FASTER", frozenset())
+    monkeypatch.setattr(backends, "TRITON_IS_FASTER", {"Another GPU": "triton"})
     assert select_backend("auto", GPU)[0] == "autograd"
 
 
@@ -63,10 +63,11 @@ def test_what_triton_does_not_support_runs_otherwise_and_is_said_once(monkeypatc
     torch.testing.assert_close(y, expected)
 
 
-def test_triton_by_name_raises_where_it_cannot_run() -> None:
+@pytest.mark.parametrize("backend", ["triton", "triton_rank"])
+def test_triton_by_name_raises_where_it_cannot_run(backend: str) -> None:
     x, layer, branch = operands()
-    with pytest.raises(TritonUnavailable, match=r'backend="triton" cannot run: .+\. Use backend="auto"'):
-        low_rank_delta(x, layer, [branch], backend="triton")
+    with pytest.raises(TritonUnavailable, match=rf'backend="{backend}" cannot run: .+\. Use backend="auto"'):
+        low_rank_delta(x, layer, [branch], backend=backend)
 
 
 def test_an_import_that_fails_is_told() -> None:

@@ -19,15 +19,15 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton")
 
 
-def run_checks(*args: str, interpret: bool) -> str:
-    """The end of what pytest says of `triton_checks.py`, in a process of its own: the interpreter is chosen at import.
+def run_checks(file: str, *args: str, interpret: bool) -> str:
+    """The end of what pytest says of this file, in a process of its own: the interpreter is chosen at import.
 
     Raises:
         AssertionError: with all that it says, if a check fails.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if interpret else {}
-    command = [sys.executable, "-m", "pytest", "tests/kernels/triton_checks.py", "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", f"tests/kernels/{file}", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run([*command, *args], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()[-1]
@@ -36,12 +36,17 @@ def run_checks(*args: str, interpret: bool) -> str:
 @pytest.mark.parametrize(("part", "passed"), [("float32", 45), ("not float32", 78)])
 def test_by_the_interpreter(part: str, passed: int) -> None:
     """In two parts, so that they may run at the same time; the counts say that neither is empty."""
-    assert f"{passed} passed" in run_checks("-k", part, interpret=True)
+    assert f"{passed} passed" in run_checks("triton_checks.py", "-k", part, interpret=True)
+
+
+def test_the_rank_space_by_the_interpreter() -> None:
+    assert "124 passed" in run_checks("triton_rank_checks.py", interpret=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu() -> None:
-    run_checks(interpret=False)
+@pytest.mark.parametrize("file", ["triton_checks.py", "triton_rank_checks.py"])
+def test_on_a_gpu(file: str) -> None:
+    run_checks(file, interpret=False)
 
 
 def in_fp32(branch: LowRank) -> LowRank:
@@ -109,6 +114,7 @@ def test_kernels_compile_for_an_h100_without_one(
     assert [use.kernel.removesuffix("_kernel") for use in found] == [
         *("features", "up", "rank", "input"),
         *("up", "rank", "input", "input"),
+        *("space", "rank"),
     ]
     for use in found:
         assert use.spilled_bytes == 0 and use.registers <= 255 and use.shared_bytes <= SHARED_BYTES, use

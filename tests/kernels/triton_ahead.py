@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nolora_vision.config import MODULATIONS, NONLINEARITIES
-from nolora_vision.kernels import FORMULAS, LowRank, triton_stack, triton_stages
+from nolora_vision.kernels import FORMULAS, LowRank, triton_rank, triton_stack, triton_stages
 
 H100 = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -57,7 +57,7 @@ def meta_branch(
 def launches(
     branches: Sequence[LowRank], dtype: torch.dtype, *, m: int, rows_per_sample: int, halves: bool = False
 ) -> list[tuple[Any, Any]]:
-    """(kernel, its arguments) for forward and backward of an update on M rows, as the launchers would run them.
+    """(kernel, its arguments) for forward and backward of an update on M rows, as the launchers would run them: K1, K3 and K4, then the rank space alone.
 
     Args:
         halves: also the kernels for a part of the work: a frozen adapter, dA alone, dx alone.
@@ -71,18 +71,21 @@ def launches(
     d, e = branches[0].down.shape[1], branches[0].up.shape[0]
     x, dy = (torch.empty(m, width, device="meta", dtype=dtype) for width in (d, e))
     with (
-        mock.patch.object(triton_stages, "_launch", note),
+        mock.patch.object(triton_stages, "launch", note),
+        mock.patch.object(triton_rank, "launch", note),
         mock.patch.object(triton_stack, "unfit_device", lambda x: None),
     ):
-        h, _ = triton_stages.rank_features(x, branches, dtype, rows_per_sample)
+        down = torch.empty(sum(branch.down.shape[0] for branch in branches), d, device="meta", dtype=dtype)
+        h, _ = triton_stages.rank_features(x, down, branches, dtype, rows_per_sample)
         up = torch.empty(e, h.shape[1], device="meta", dtype=dtype)
         dh, _, _ = triton_stages.rank_gradients(dy, h, branches, up, rows_per_sample)
-        down = torch.empty(h.shape[1], d, device="meta", dtype=dtype)
         triton_stages.input_gradients(x, dh, down, torch.empty_like(x))
         if halves:
             triton_stages.rank_gradients(dy, h, branches, up, rows_per_sample, trains=False)
             triton_stages.down_gradient(x, dh)
             triton_stages.add_input_gradient(torch.empty_like(x), dh, down)
+        h, _ = triton_rank.rank_features(x, down, branches, dtype, rows_per_sample)
+        triton_rank.rank_gradients(dy, h, branches, up, rows_per_sample)
     return found
 
 
@@ -133,7 +136,7 @@ def uses(
     samples: int | None = None,
     halves: bool = False,
 ) -> Iterator[Use]:
-    """K1, K3 and K4 on ViT-B's qkv at batch 64."""
+    """K1, K3, K4 and the rank space alone on ViT-B's qkv at batch 64."""
     branches = [
         meta_branch(nonlinearity, modulation, r, d=768, e=2304, samples=samples, dtype=torch.float32) for r in ranks
     ]

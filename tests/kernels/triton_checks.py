@@ -122,7 +122,7 @@ def computed(x: Tensor, dy: Tensor, dx: Tensor, branches: list[LowRank]) -> dict
     """The same by the stages."""
     v = branches[0].v
     rows = 1 if v is None or v.ndim == 1 else x.shape[0] // len(v)
-    h, z = triton_stages.rank_features(x, branches, x.dtype, rows)
+    h, z = triton_stages.rank_features(x, stacked_down(branches, torch.float32), branches, x.dtype, rows)
     dh, d_up, small = triton_stages.rank_gradients(dy, h, branches, joined(branches, dy.shape[1]), rows)
     d_down, into = triton_stages.input_gradients(x, dh, stacked_down(branches, torch.float32), dx)
     assert d_up is not None and d_down is not None and into is dx
@@ -294,7 +294,7 @@ def test_an_empty_batch(variant: str, ranks: tuple[int, ...]) -> None:
     x, dy, branches = made(Case("aurora", variant, 8, ranks, torch.float32))
     if "sample" in variant:
         branches = [branch._replace(v=branch.v[:0]) for branch in branches if branch.v is not None]
-    h, z = triton_stages.rank_features(x[:0], branches, x.dtype, 5)
+    h, z = triton_stages.rank_features(x[:0], stacked_down(branches, x.dtype), branches, x.dtype, 5)
     dh, d_up, small = triton_stages.rank_gradients(dy[:0], h, branches, joined(branches, dy.shape[1]), 5)
     d_down, dx = triton_stages.input_gradients(x[:0], dh, stacked_down(branches, x.dtype), x[:0].clone())
     assert h.shape == z.shape == dh.shape == (0, sum(ranks)) and dx is not None and dx.shape == x[:0].shape
@@ -320,7 +320,7 @@ def test_parts_that_are_not_wanted() -> None:
 def test_x_of_another_type_than_the_output() -> None:
     """As under autocast: tiles are cast on their way, x and A by one unit of bf16's last place."""
     x, _, branches = made(Case("tanh", "vector", 197, (8,), torch.float32))
-    h, z = triton_stages.rank_features(x, branches, torch.bfloat16, 1)
+    h, z = triton_stages.rank_features(x, branches[0].down, branches, torch.bfloat16, 1)
     assert (h.dtype, z.dtype) == (torch.float32, torch.bfloat16)
     assert error(h, x.double() @ branches[0].down.double().t()) < 2 * ROUNDED_LIMITS[torch.bfloat16]
 
@@ -328,14 +328,14 @@ def test_x_of_another_type_than_the_output() -> None:
 def test_samples_must_make_up_the_rows() -> None:
     x, _, branches = made(Case("tanh", "sample", 7, (8,), torch.float32))
     with pytest.raises(ValueError, match="v is for 7 samples of 2 rows, x has 7 rows"):
-        triton_stages.rank_features(x, branches, x.dtype, 2)
+        triton_stages.rank_features(x, branches[0].down, branches, x.dtype, 2)
 
 
 def test_what_is_not_supported_is_refused() -> None:
     x, dy, branches = made(Case("tanh", "vector", 7, (8, 8), torch.float32))
     mixed = [branches[0], branches[1]._replace(nonlinearity="relu")]
     with pytest.raises(triton_stages.Unsupported, match="differ in nonlinearity"):
-        triton_stages.rank_features(x, mixed, x.dtype, 1)
+        triton_stages.rank_features(x, stacked_down(mixed, x.dtype), mixed, x.dtype, 1)
     with pytest.raises(triton_stages.Unsupported, match="differ in nonlinearity"):
         triton_stages.rank_gradients(dy, x[:, :16], mixed, joined(mixed, dy.shape[1]), 1)
     for wide, dtype in ((65, torch.float32), (8, torch.float64)):
