@@ -32,7 +32,12 @@ ROOMS = {
     "datasets": {"training/hub_dataset.py"},
     "matplotlib": {"training/figures.py", "benchmark/report_figures.py"},
     "peft": {"methods/peft_layers.py"},
-    "triton": {"kernels/triton_formulas.py", "kernels/triton_kernels.py", "kernels/triton_rank.py", "kernels/triton_stages.py"},
+    "triton": {
+        "kernels/triton_formulas.py",
+        "kernels/triton_kernels.py",
+        "kernels/triton_rank.py",
+        "kernels/triton_stages.py",
+    },
     "onnx": {"adapters/export.py"},
     "onnxruntime": {"adapters/export.py"},
     "onnxscript": {"adapters/export.py"},

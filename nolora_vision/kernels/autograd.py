@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from nolora_vision.kernels.eager import (
     stacked_up,
     with_operands,
 )
-from nolora_vision.kernels.origin import Origin, origin_of
+from nolora_vision.kernels.origin import Input, Origin, origin_of
 from nolora_vision.kernels.products import cast, input_gradient, thin, up_gradient
 
 LEADING = 7
@@ -54,7 +54,7 @@ def low_rank_delta(
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base
     origin = _origin(x) if torch.is_grad_enabled() else None
-    x = cast(x, product_type(x) if given is None else given.dtype)  # once: W x, A x and dA all multiply this, and keep it
+    x = cast(x, product_type(x) if given is None else given.dtype)  # once, as W x, A x and dA all multiply it
     if torch.is_grad_enabled():
         if weight is not None and stages is torch_stages and _is_plain(branches):
             y = _Plain.apply(x, weight, bias, branches[0].down, branches[0].up, origin)
@@ -148,37 +148,6 @@ class _Plain(torch.autograd.Function):
             if of_up:
                 d_up = cast(up_gradient(cast(h, dtype), dy), up.dtype)
         return dx, None, None, d_down, d_up, None
-
-
-class Input(NamedTuple):
-    """The layer's input as the node knows it in the backward pass: kept, or to be made again."""
-
-    tensors: Sequence[Tensor]
-    """x, or what its origin needs."""
-    origin: Origin | None
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def x(self) -> Tensor:
-        """x: (..., D)."""
-        return self.tensors[0] if self.origin is None else self.origin.x(self.tensors, self.dtype)
-
-    def down_gradient(self, dh: Tensor, dtype: torch.dtype, stages: ModuleType) -> Tensor:
-        """dA = dhᵀ x: (R, D) for dh: (M, R).
-
-        x is not made again if it is w ⊙ (u − μ) ρ + b, the output of a LayerNorm: with g = ρ dh,
-        dA = w ⊙ (gᵀ u − gᵀ μ) + (dhᵀ 1) b. Where x has u's rows in another order (windows, shifts), dh is put into
-        theirs: it is D / R times smaller than x.
-        """
-        if self.origin is None or self.origin.rows_of_norm is None:
-            return stages.down_gradient(cast(self.x(), dtype).reshape(-1, self.shape[-1]), dh)
-        dh = self.origin.rows_of_norm(dh.reshape(*self.shape[:-1], dh.shape[-1])).reshape(dh.shape)
-        u, mean, rstd, weight, bias = self.tensors
-        u, mean, rstd = cast(u, mean.dtype).reshape(-1, self.shape[-1]), mean.reshape(-1, 1), rstd.reshape(-1, 1)
-        dh = cast(dh, mean.dtype)  # at least fp32, as what follows subtracts sums from each other
-        g = dh * rstd
-        centred = stages.down_gradient(u, g) - g.t() @ mean
-        return torch.addcmul(torch.outer(dh.sum(0), cast(bias, dh.dtype)), centred, cast(weight, dh.dtype))
 
 
 def forward(

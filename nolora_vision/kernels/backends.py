@@ -1,4 +1,4 @@
-"""Which of them computes an update: eager, autograd, custom_op or Triton's, chosen by name or by what measured faster."""
+"""Which of them computes an update: eager, autograd, custom_op, Triton's; chosen by name or by what measured faster."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nolora_vision.kernels import autograd
 from nolora_vision.kernels.eager import FORMULAS, Frozen, LowRank, operands_of, with_operands
+from nolora_vision.kernels.origin import Input
 
 
 def low_rank_delta(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank], stages: str = "torch") -> Tensor:
@@ -142,7 +143,7 @@ def update_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """The wanted gradients of x and of each operand, in this order."""
-    kept = autograd.Input((x,), None, x.shape, x.dtype)
+    kept = Input((x,), None, x.shape, x.dtype)
     leaves = [t.detach().requires_grad_(asked) for t, asked in zip(operands, wanted[1:], strict=True)]
     with _autograd_inside_an_operator(), torch.no_grad():
         found = autograd.by_hand(kept, h, weight, _branches(branches, leaves), dy, wanted, _stages(stages))

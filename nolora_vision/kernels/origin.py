@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,37 @@ class Origin(NamedTuple):
     def x(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """x again, connected to `tensors` if gradients are enabled."""
         return cast(self.make(iter(tensors)), dtype)
+
+
+class Input(NamedTuple):
+    """The layer's input as the node knows it in the backward pass: kept, or to be made again."""
+
+    tensors: Sequence[Tensor]
+    """x, or what its origin needs."""
+    origin: Origin | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def x(self) -> Tensor:
+        """x: (..., D)."""
+        return self.tensors[0] if self.origin is None else self.origin.x(self.tensors, self.dtype)
+
+    def down_gradient(self, dh: Tensor, dtype: torch.dtype, stages: ModuleType) -> Tensor:
+        """dA = dhᵀ x: (R, D) for dh: (M, R).
+
+        x is not made again if it is w ⊙ (u − μ) ρ + b, the output of a LayerNorm: with g = ρ dh,
+        dA = w ⊙ (gᵀ u − gᵀ μ) + (dhᵀ 1) b. Where x has u's rows in another order (windows, shifts), dh is put into
+        theirs: it is D / R times smaller than x.
+        """
+        if self.origin is None or self.origin.rows_of_norm is None:
+            return stages.down_gradient(cast(self.x(), dtype).reshape(-1, self.shape[-1]), dh)
+        dh = self.origin.rows_of_norm(dh.reshape(*self.shape[:-1], dh.shape[-1])).reshape(dh.shape)
+        u, mean, rstd, weight, bias = self.tensors
+        u, mean, rstd = cast(u, mean.dtype).reshape(-1, self.shape[-1]), mean.reshape(-1, 1), rstd.reshape(-1, 1)
+        dh = cast(dh, mean.dtype)  # at least fp32, as what follows subtracts sums from each other
+        g = dh * rstd
+        centred = stages.down_gradient(u, g) - g.t() @ mean
+        return torch.addcmul(torch.outer(dh.sum(0), cast(bias, dh.dtype)), centred, cast(weight, dh.dtype))
 
 
 def origin_of(x: Tensor) -> Origin | None:

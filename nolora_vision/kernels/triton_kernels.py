@@ -213,8 +213,8 @@ def rank_kernel(
         )  # fmt: skip
         tl.store(z_out + at, z, mask=inside)
     dh = rank_space_gradients(
-        tl.load(dz + at, mask=inside, other=0.0).to(tl.float32), h, v, gate, bias, first, second, third, d_v, small + block * STRIDE,
-        rows, ranks, M, rows_per_sample, scale,
+        tl.load(dz + at, mask=inside, other=0.0).to(tl.float32),
+        h, v, gate, bias, first, second, third, d_v, small + block * STRIDE, rows, ranks, M, rows_per_sample, scale,
         NAME, PER_SAMPLE, SMALL, RANK, BRANCH, EXACT, INTERPRETED,
     )  # fmt: skip
     tl.store(dh_out + at, dh, mask=inside)

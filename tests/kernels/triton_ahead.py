@@ -57,7 +57,9 @@ def meta_branch(
 def launches(
     branches: Sequence[LowRank], dtype: torch.dtype, *, m: int, rows_per_sample: int, halves: bool = False
 ) -> list[tuple[Any, Any]]:
-    """(kernel, its arguments) for forward and backward of an update on M rows, as the launchers would run them: K1, K3 and K4, then the rank space alone.
+    """(kernel, its arguments) for forward and backward of an update on M rows, as the launchers would run them.
+
+    K1, K3 and K4, then the rank space alone.
 
     Args:
         halves: also the kernels for a part of the work: a frozen adapter, dA alone, dx alone.
