@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint audit survey bench clean
+.PHONY: help demo test soak lint audit survey bench clean
 
 help:
 	@echo "make demo    the main job on digits, without a network (about two minutes)"
 	@echo "make test    install everything into $(VENV) if needed, and run the tests"
+	@echo "make soak    the same with the long tests at their full counts (an hour or more)"
 	@echo "make lint    ruff and pyright"
 	@echo "make audit   known vulnerabilities of what is installed (needs a network)"
 	@echo "make survey  inject into every timm architecture (slow)"
@@ -24,6 +25,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+soak: $(VENV)/.installed
+	NOLORA_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -40,6 +40,13 @@ class Family:
 
 SMALL = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
 SWIN = {"img_size": 64, "window_size": 4, "depths": (1, 1), "embed_dim": 32, "num_heads": (1, 2)}
+LEVIT = {"img_size": 64, "embed_dim": (32, 48, 64), "key_dim": 8, "num_heads": (2, 3, 4), "depth": (1, 1, 1)}
+TINY_VIT = {
+    "embed_dims": (16, 32, 48, 64),
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 2, 3, 4),
+    "window_sizes": (4, 4, 4, 2),
+}
 EVA = {"img_size": 56, "depth": 2, "embed_dim": 64, "num_heads": 2}
 FAMILIES = {
     "vit": Family("test_vit", 160),
@@ -47,8 +54,8 @@ FAMILIES = {
     "eva02": Family("eva02_tiny_patch14_224", 56, EVA, bypasses=True),
     "eva02_split_qkv": Family("eva02_base_patch14_224", 56, EVA),
     "beit": Family("beit_base_patch16_224", 64, SMALL, bypasses=True),
-    "levit": Family("levit_128s", 224),
-    "tiny_vit": Family("tiny_vit_5m_224", 224),
+    "levit": Family("levit_128s", 64, LEVIT),
+    "tiny_vit": Family("tiny_vit_5m_224", 64, TINY_VIT),
     "pvt_v2": Family("pvt_v2_b0", 64, {"depths": (1, 1, 1, 1)}),
-    "maxvit": Family("test_maxvit", 160),
+    "maxvit": Family("test_maxvit", 64, {"img_size": 64}),
 }

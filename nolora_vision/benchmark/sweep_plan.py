@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,11 +100,11 @@ class Task:
     seed: int
     config: RunConfig
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Of its result's file: made of what differs from the defaults, so that new fields leave it as it is."""
         usual = _usual()
-        facts = {k: v for k, v in _flat(as_plain(asdict(self.config))).items() if v != usual.get(k)}
+        facts = {k: v for k, v in self._settings.items() if v != usual.get(k)}
         text = json.dumps({"phase": self.phase, **facts}, sort_keys=True)
         slug = "".join(c if c.isalnum() else "-" for c in self.label)
         return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
@@ -114,8 +114,12 @@ class Task:
         record = results.get(self.name)
         if record is None:
             return None
-        then, now = _flat(record["config"]), _flat(as_plain(asdict(self.config)))
+        then, now = _flat(record["config"]), self._settings
         return record if all(then[key] == now[key] for key in then.keys() & now.keys()) else None
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return _flat(as_plain(asdict(self.config)))
 
 
 @dataclass(frozen=True)

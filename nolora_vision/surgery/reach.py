@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from nolora_vision.surgery.plan import InjectionError
 
+OTHER_SIZES = (256, 384, 192, 128, 96, 64, 160, 448, 512, 288, 320, 336)
+"""Pixels on a side of the squares that are tried on meta after all that the model knows."""
+
 
 class UnrunnableError(InjectionError):
-    """The model took none of the inputs tried; `failures` are the reasons, on meta and for real in turn."""
+    """The model took none of the inputs tried; `failures` are the reasons, by turns on meta and for real."""
 
     def __init__(self, message: str, failures: Sequence[str]) -> None:
         self.failures = tuple(failures)
@@ -65,6 +68,13 @@ def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 failures.append(f"{run.__name__[1:]} on {_shapes(inputs)}: {reason}")
+    if example_input is None:  # a model made for other images may not know it (LeViT, MaxViT with img_size)
+        for inputs in _squares(model, OTHER_SIZES):
+            try:
+                return _forward_on_meta(model, inputs)
+            except Exception:
+                continue
+        failures.append(f"forward_on_meta on squares of {', '.join(map(str, OTHER_SIZES))} pixels: none ran")
     raise UnrunnableError(
         f"{type(model).__name__} could not be run to check that its adapters are called. Pass example_input=, a tensor "
         f"(or tuple of arguments) that the model accepts. Tried:\n" + "\n".join(f"  - {f[:300]}" for f in failures),
@@ -112,15 +122,27 @@ def _candidate_inputs(model: nn.Module, example_input: Any | None) -> Iterator[t
     if example_input is not None:
         yield example_input if isinstance(example_input, tuple) else (example_input,)
         return
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for size in dict.fromkeys(_input_sizes(model)):
-        yield (torch.zeros(1, *size, dtype=dtype),)
+        yield (torch.zeros(1, *size, dtype=_dtype(model)),)
+
+
+def _squares(model: nn.Module, sizes: Sequence[int]) -> Iterator[tuple[Tensor]]:
+    for size in sizes:
+        yield (torch.zeros(1, _channels(model), size, size, dtype=_dtype(model)),)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _channels(model: nn.Module) -> int:
+    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if stem is None else stem.in_channels * (1 if stem.groups == 1 else stem.groups)
 
 
 def _input_sizes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
     """(channels, height, width), likeliest first: the patch embedding's, the pretrained config's, common ones."""
-    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = stem.in_channels * (1 if stem.groups == 1 else stem.groups) if stem is not None else 3
+    channels = _channels(model)
     known = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(known, (tuple, list)) and len(known) == 2:
         yield channels, int(known[0]), int(known[1])

@@ -220,7 +220,7 @@ def test_zero_goes_to_the_bias_whatever_was_learnt(nonlinearity: str, seed: int,
     assert torch.equal(layer(torch.zeros(2, 10)), layer.bias.expand(2, 14))
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # it wants a GPU
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("triton")])  # a GPU's
 def test_the_frozen_output_is_not_modified(backend: str) -> None:
     layer = NoLoRALinear(10, 14)
     randomise(layer)
