@@ -24,16 +24,17 @@ from PIL import Image
 from safetensors.torch import save
 
 from tests import hub_server
-from tests.forked_train import Terminal, terminal
+from tests.forked_train import Terminal, emptied, terminal
 
 BACKBONE, COLOURS, ADAPTER = "timm/test_vit.r160_in1k", "datasets/me/colours", "me/adapter"
 TRAIN, TEST, CARD = "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "README.md"
 FAST = ["--img-size", "32", "-b", "8", "--workers", "0", "--amp-dtype", "none", "--max-eval-samples", "20"]
 RUN = ["--model", "test_vit", "--epochs", "1", "--max-train-samples", "16", "--output", "out", "--experiment", "run"]
+RUN += ["--adapter.layers", "0"]
 COMMANDS = {
     "weights": [*RUN, *FAST, "--dataset", "digits"],
     "dataset": [*RUN, *FAST, "--dataset", "me/colours", "--no-pretrained"],
-    "adapter": ["--eval-only", "--adapter", ADAPTER, *FAST[2:-1], "300", "--dataset", "digits"],
+    "adapter": ["--eval-only", "--adapter", ADAPTER, *FAST[4:-1], "300", "-b", "100", "--dataset", "digits"],
 }
 REPOS = {"weights": BACKBONE, "dataset": COLOURS, "adapter": ADAPTER}
 FILES = {"weights": ("model.safetensors",), "dataset": (TRAIN, CARD), "adapter": ("adapter_model.safetensors",)}
@@ -54,30 +55,28 @@ def pictures(rows: int, size: int, seed: int) -> bytes:
 
 @dataclass
 class Machine:
-    """A machine with a cache of its own, on which commands are typed."""
+    """A machine with a cache, `hf` in its folder, on which commands are typed."""
 
     hub: hub_server.HubServer
-    typed: Terminal
     folder: Path
+    online: Terminal
+    offline: Terminal
 
-    def run(self, asset: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, asset: str, *more: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
         shutil.rmtree(self.folder / "out", ignore_errors=True)
-        own = {"HF_HOME": str(self.folder / "hf"), "HF_ENDPOINT": self.hub.endpoint, "HF_HUB_OFFLINE": "0"}
-        own |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        own |= {"NO_PROXY": "127.0.0.1", **env}
-        return self.typed.train(*COMMANDS[asset], *more, cwd=self.folder, env=own)
+        return (self.offline if offline else self.online).train(*COMMANDS[asset], *more, cwd=self.folder)
 
-    def result(self, asset: str, *more: str, **env: str) -> Any:
+    def result(self, asset: str, *more: str, offline: bool = False) -> Any:
         """What a run that must succeed gives: the adapter it trained, or the score it printed."""
-        done = self.run(asset, *more, **env)
+        done = self.run(asset, *more, offline=offline)
         assert done.returncode == 0, done.stderr
         if asset == "adapter":
             return [line for line in done.stdout.splitlines() if "test top-" in line]
         return (self.folder / "out" / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
-    def refusal(self, asset: str, *more: str, **env: str) -> str:
+    def refusal(self, asset: str, *more: str, offline: bool = False) -> str:
         """What a run that must fail says at its end."""
-        done = self.run(asset, *more, **env)
+        done = self.run(asset, *more, offline=offline)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert not (self.folder / "out").exists()
         said = done.stderr.split("train.py: ")
@@ -88,14 +87,21 @@ class Machine:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, dict[str, Any]]]:
     """A Hub with the three, a machine that has them all in its cache, and what its runs gave."""
-    with hub_server.hub_server() as hub, terminal() as typed:
+    folder = tmp_path_factory.mktemp("machine")
+    env = {"HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+    env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+    with (
+        hub_server.hub_server() as hub,
+        terminal(**env, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0") as online,
+        terminal(**env, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1") as offline,
+    ):
         for repo in REPOS.values():
             hub.repos[repo] = hub_server.Repo()
         torch.manual_seed(5)
         weights = save(timm.create_model("test_vit").state_dict())
         hub.repos[BACKBONE].commit({"model.safetensors": weights, CARD: b"# Weights\n"})
         hub.repos[COLOURS].commit({TRAIN: pictures(40, 32, 0), TEST: pictures(20, 32, 1), CARD: b"# Colours\n"})
-        machine = Machine(hub, typed, tmp_path_factory.mktemp("warm"))
+        machine = Machine(hub, folder, online, offline)
         results = {asset: machine.result(asset) for asset in ("dataset", "weights")}
         trained = machine.folder / "out" / "run" / "adapter"
         hub.repos[ADAPTER].commit({path.name: path.read_bytes() for path in trained.iterdir()})
@@ -110,9 +116,10 @@ def warm(world: tuple[Machine, dict[str, Any]]) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def cold(warm: Machine, tmp_path: Path) -> Machine:
-    """A machine that has nothing in its cache."""
-    return Machine(warm.hub, warm.typed, tmp_path)
+def cold(warm: Machine) -> Iterator[Machine]:
+    """The machine with nothing in its cache, for a while."""
+    with emptied(warm.folder / "hf"):
+        yield warm
 
 
 def fault(asset: str, **what: Any) -> hub_server.Faults:
@@ -182,7 +189,7 @@ def test_wrong_bytes_are_never_used_or_kept(cold: Machine, world: Any, asset: st
     cold.hub.faults = fault(asset, wrong_bytes=(file,))
     assert f"{Path(file).name} does not have the checksum that the Hub states" in cold.refusal(asset)
     assert sum(request.startswith("GET") and request.endswith(file) for request in cold.hub.requests) == 2
-    said = cold.refusal(asset, HF_HUB_OFFLINE="1")
+    said = cold.refusal(asset, offline=True)
     assert "HF_HUB_OFFLINE" in said and "checksum" not in said  # there is nothing
     cold.hub.faults = hub_server.Faults()
     assert cold.result(asset) == world[1][asset]
@@ -195,14 +202,14 @@ def test_a_damaged_file_in_the_cache_is_replaced_or_named(cold: Machine, world: 
     content = link.read_bytes()
     link.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     if asset != "dataset":  # without the Hub the library goes by prepared tables alone
-        said = cold.refusal(asset, HF_HUB_OFFLINE="1")
+        said = cold.refusal(asset, offline=True)
         assert f"{link} does not have the checksum" in said and "Delete it, and run once without HF_HUB_OFFLINE" in said
     assert cold.result(asset) == world[1][asset]
     assert link.read_bytes() == content
 
 
 def test_a_warm_cache_needs_no_hub(warm: Machine, world: Any, asset: str) -> None:
-    assert warm.result(asset, HF_HUB_OFFLINE="1") == world[1][asset]
+    assert warm.result(asset, offline=True) == world[1][asset]
     assert not warm.hub.requests
     warm.hub.faults = hub_server.Faults(status=503)  # not said to be offline, but the Hub does not work
     assert warm.result(asset) == world[1][asset]
@@ -210,7 +217,7 @@ def test_a_warm_cache_needs_no_hub(warm: Machine, world: Any, asset: str) -> Non
 
 
 def test_offline_with_a_cold_cache(cold: Machine, asset: str) -> None:
-    said = cold.refusal(asset, HF_HUB_OFFLINE="1")
+    said = cold.refusal(asset, offline=True)
     nothing = {"weights": "In the cache: no models.", "dataset": "In the cache: no datasets."}
     assert nothing.get(asset, "adapters there: none") in said and "HF_HUB_OFFLINE" in said and "nset it" in said
     instead = {"weights": "--no-pretrained", "dataset": "--dataset digits (needs no network) or a local folder"}
@@ -227,7 +234,7 @@ def test_offline_with_a_cold_cache(cold: Machine, asset: str) -> None:
     ],
 )
 def test_offline_with_others_in_the_cache(warm: Machine, asset: str, other: list[str], there: str) -> None:
-    assert there in warm.refusal(asset, *other, HF_HUB_OFFLINE="1")
+    assert there in warm.refusal(asset, *other, offline=True)
 
 
 def test_a_large_file_goes_on_where_it_was_dropped(cold: Machine) -> None:
@@ -243,8 +250,8 @@ def test_a_large_file_goes_on_where_it_was_dropped(cold: Machine) -> None:
 
 
 def test_without_the_hub_it_is_the_revision_that_was_asked_for(cold: Machine) -> None:
-    def commit(*more: str, **env: str) -> str:
-        cold.result("dataset", "--dataset", "me/versions", *more, **env)
+    def commit(*more: str, offline: bool = False) -> str:
+        cold.result("dataset", "--dataset", "me/versions", *more, offline=offline)
         record = json.loads((cold.folder / "out" / "run" / "record.json").read_text(encoding="utf-8"))
         return record["dataset"]["commit"]
 
@@ -253,7 +260,7 @@ def test_without_the_hub_it_is_the_revision_that_was_asked_for(cold: Machine) ->
         repo.commit({TRAIN: pictures(30, 16, 4 + version), TEST: pictures(20, 16, 6), CARD: b"# Versions\n"})
         repo.refs[f"v{version}"] = repo.refs["main"]
     assert commit() == repo.refs["v1"] and commit("--revision", "v0") == repo.refs["v0"]  # the old one later
-    assert commit(HF_HUB_OFFLINE="1") == repo.refs["v1"]
-    assert commit("--revision", "v0", HF_HUB_OFFLINE="1") == repo.refs["v0"]
-    said = cold.refusal("dataset", "--dataset", "me/versions", "--revision", "v2", HF_HUB_OFFLINE="1")
+    assert commit(offline=True) == repo.refs["v1"]
+    assert commit("--revision", "v0", offline=True) == repo.refs["v0"]
+    said = cold.refusal("dataset", "--dataset", "me/versions", "--revision", "v2", offline=True)
     assert "cache does not hold its revision 'v2'" in said and all(known in said for known in repo.commits)

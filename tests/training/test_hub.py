@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.forked_train import Terminal, emptied, terminal
 
 pytestmark = pytest.mark.hub
 
@@ -16,8 +19,27 @@ TINY = ["--model", "vit_tiny_patch16_224", "--max-train-samples", "16", "--max-e
 TINY += ["-b", "8", "--workers", "0", "--output", "out", "--experiment", "run", "--amp-dtype", "bfloat16"]
 
 
-def test_a_run_on_the_hubs_weights_and_images(train_py, hub_env, tmp_path: Path) -> None:
-    done = train_py(*TINY, "--dataset", "cifar10", env=hub_env)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of both terminals."""
+    return tmp_path_factory.mktemp("hub") / "hf"
+
+
+@pytest.fixture(scope="module")
+def online(hub_env, home: Path) -> Iterator[Terminal]:
+    with terminal(**{**hub_env, "HF_HOME": str(home)}) as typed:
+        yield typed
+
+
+@pytest.fixture(scope="module")
+def offline(home: Path) -> Iterator[Terminal]:
+    """Where a Hub that is asked all the same does not answer."""
+    with terminal(HF_HOME=str(home), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1") as typed:
+        yield typed
+
+
+def test_a_run_on_the_hubs_weights_and_images(online: Terminal, offline: Terminal, tmp_path: Path) -> None:
+    done = online.train(*TINY, "--img-size", "32", "--dataset", "cifar10", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "run" / "record.json").read_text(encoding="utf-8"))
     assert record["model"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -26,11 +48,10 @@ def test_a_run_on_the_hubs_weights_and_images(train_py, hub_env, tmp_path: Path)
     config = json.loads((tmp_path / "out" / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["class_names"][0] == "airplane" and config["preprocessing"]["crop_pct"] == 1.0
 
-    offline = {**hub_env, "HF_HUB_OFFLINE": "1"}  # the cache is warm now
     scored = f"{record['metrics']['test_top1_percent']:.2f} %"
     adapter = str(tmp_path / "out" / "run" / "adapter")
     args = ["--eval-only", "--adapter", adapter, "--dataset", "cifar10", "--max-eval-samples", "16", "-b", "8"]
-    again = train_py(*args, "--workers", "0", "--amp-dtype", "bfloat16", env=offline)
+    again = offline.train(*args, "--workers", "0", "--amp-dtype", "bfloat16", cwd=tmp_path)  # the cache is warm now
     assert again.returncode == 0 and scored in again.stdout, again.stderr
 
 
@@ -53,9 +74,9 @@ print(json.dumps({"about": cifar.about, "counts": counts, "same": same, "raw": p
 """
 
 
-def test_the_real_cifar10_whole_and_packed(hub_env, tmp_path: Path) -> None:
-    env = {**os.environ, **hub_env, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", CIFAR], env=env, capture_output=True, text=True, cwd=tmp_path)
+def test_the_real_cifar10_whole_and_packed(online: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "cifar.py").write_text(CIFAR, encoding="utf-8")
+    done = online.python(tmp_path / "cifar.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["about"]["rows"] == {"train": 50_000, "test": 10_000} and found["about"]["crop_pct"] == 1.0
@@ -72,16 +93,16 @@ def test_the_real_cifar10_whole_and_packed(hub_env, tmp_path: Path) -> None:
         (["--dataset", "digits", "--model", "test_vit"], "The weights of test_vit could not be loaded"),
     ],
 )
-def test_what_the_hub_lacks_is_said(train_py, hub_env, tmp_path: Path, args: list[str], message: str) -> None:
-    done = train_py(*TINY, *args, env=hub_env)
+def test_what_the_hub_lacks_is_said(online: Terminal, tmp_path: Path, args: list[str], message: str) -> None:
+    done = online.train(*TINY, *args, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("args", [["--dataset", "cifar10"], ["--dataset", "digits"]])
-def test_offline_says_what_to_do(train_py, tmp_path: Path, args: list[str]) -> None:
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = train_py(*TINY, *args, env=env)
+def test_offline_says_what_to_do(offline: Terminal, home: Path, tmp_path: Path, args: list[str]) -> None:
+    with emptied(home):
+        done = offline.train(*TINY, *args, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "HF_ENDPOINT" in done.stderr and "HF_HUB_OFFLINE=1" in done.stderr and "In the cache: no " in done.stderr
     wanted = "--dataset digits (needs no network) or a local folder" if "cifar10" in args else "--no-pretrained"
@@ -109,20 +130,25 @@ with torch.no_grad():
 """
 
 
-def test_from_pretrained_gives_the_same_logits_in_another_process(hub_env, tmp_path: Path) -> None:
+def test_from_pretrained_gives_the_same_logits_in_another_process(
+    hub_env, home: Path, online: Terminal, offline: Terminal, tmp_path: Path
+) -> None:
     import torch
 
-    for step in ("save", "rebuild"):
-        env = {**os.environ, **hub_env, "HF_HOME": str(tmp_path / step)}  # each downloads anew
-        command = [sys.executable, "-c", SAVE_AND_REBUILD, step]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    script = tmp_path / "save_and_rebuild.py"
+    script.write_text(SAVE_AND_REBUILD, encoding="utf-8")
+    with emptied(home):
+        done = online.python(script, "save", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+    env = {**os.environ, **hub_env, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "rebuild")}  # downloads anew
+    command = [sys.executable, str(script), "rebuild"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     (before, features), (after, _) = (torch.load(tmp_path / f"{step}.pt") for step in ("save", "rebuild"))
     assert torch.equal(before, after) and before.shape == (2, 10) and before.std() > 0
     assert not torch.equal(features, torch.load(tmp_path / "bare.pt"))  # the adapters do something
 
-    env = {**os.environ, **hub_env, "HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", SAVE_AND_REBUILD, "rebuild"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    with emptied(home):
+        done = offline.python(script, "rebuild", cwd=tmp_path)
     said = "adapter is sound, but the weights of its backbone vit_tiny_patch16_224.augreg_in21k_ft_in1k could not be"
     assert done.returncode != 0 and said in done.stderr and "HF_ENDPOINT" in done.stderr
