@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nolora_vision.config import did_you_mean
 from nolora_vision.kernels import autograd, eager
@@ -169,6 +170,8 @@ def low_rank_delta(
         branches: one `LowRank` for the whole layer, or one for each adapted part of a fused one.
         backend: `auto`, or one of `BACKENDS`; see `select_backend`. None takes that of `use_backend`, or auto.
     """
+    if x.device.type == "meta" and not torch.is_grad_enabled():  # milliseconds for each operation, all to give a shape
+        return F.linear(x, *base) if isinstance(base, Frozen) else torch.empty_like(base)
     asked = backend or _chosen[0]
     name = select_backend(asked, x.device)[0]
     if name.startswith("triton") and asked == "auto" and (reason := _why_not_triton(x, base, branches)):
