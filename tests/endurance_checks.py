@@ -1,4 +1,4 @@
-"""Over a thousand cycles and 200 epochs nothing grows: objects, tensors, memory, files, threads, processes.
+"""Over many cycles and epochs nothing grows: objects, tensors, memory, files, threads, processes.
 
 `test_endurance.py` runs these in a process of their own: what other tests leave, such as FakeTensors, would be counted.
 """
@@ -31,10 +31,11 @@ from nolora_vision.surgery.adapter import AdaptedLayer
 from nolora_vision.training.progress import Silence
 from nolora_vision.training.run import run
 from nolora_vision.training.run_config import RunConfig
+from tests.soak import times
 
 PYTHON = {*sys.stdlib_module_names, "builtins"}
-CYCLES, WARM_UP = 1000, 20
-EPOCHS, WARM_EPOCHS = 200, 20
+CYCLES, WARM_UP = times(1000, 150), 20
+EPOCHS, WARM_EPOCHS = times(200, 30), times(20, 10)
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2, "mlp_ratio": 4.0}
 
 
@@ -149,7 +150,7 @@ def injected_and_ejected(model: nn.Module, x: Tensor) -> Callable[[int], None]:
     return cycle
 
 
-def test_a_thousand_injections_leave_nothing() -> None:
+def test_injections_leave_nothing() -> None:
     model, x = tiny(), torch.randn(2, 3, 16, 16)
     before = skeleton(model)
     cost = adapter_bytes(nolora_vision.inject(copy.deepcopy(model), rank=8))
@@ -202,7 +203,7 @@ def test_a_leak_is_seen(leak: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_leaked_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resident memory alone shows a kept adapter for each of a thousand cycles, whoever keeps it."""
+    """Resident memory alone shows a kept adapter for each cycle, whoever keeps it."""
     model = tiny()
     cost = adapter_bytes(nolora_vision.inject(copy.deepcopy(model), rank=8))
     kept: list[Any] = []
@@ -213,7 +214,7 @@ def test_leaked_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------------- swaps
 
 
-def test_a_thousand_swaps_leave_nothing(tmp_path: Path) -> None:
+def test_swaps_leave_nothing(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 16, 16)
     for seed, targets in enumerate((("qkv", "mlp"), ("q", "v"), "mlp")):
         torch.manual_seed(seed)
@@ -259,7 +260,7 @@ class Counting(Silence):
 
 
 @pytest.mark.parametrize("with_checkpoints", [False, True], ids=["workers", "checkpoints"])
-def test_two_hundred_epochs_leave_nothing(with_checkpoints: bool, tmp_path: Path) -> None:
+def test_epochs_leave_nothing(with_checkpoints: bool, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     config = RunConfig(
         model="test_vit",

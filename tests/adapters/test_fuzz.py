@@ -1,4 +1,4 @@
-"""Damaged adapter directories, by the thousand: a typed error and an untouched model, or an exact load."""
+"""Damaged adapter directories, by the hundred: a typed error and an untouched model, or an exact load."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import nolora_vision
 from nolora_vision import CheckpointError, load_adapter, save_adapter
 from nolora_vision.surgery.adapter import adapted_layers
+from tests.soak import times
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Files = dict[str, bytes]
@@ -91,15 +92,15 @@ def signed(files: Files) -> Files:
 
 
 def bit_flips(case: Case, random: random.Random) -> Iterator[Files]:
-    for name, count in ((WEIGHTS, 700), (CONFIG, 700)):
-        for _ in range(count):
+    for name in (WEIGHTS, CONFIG):
+        for _ in range(times(700, 150)):
             yield {**case.files, name: flipped(case.files[name], random)}
 
 
 def cuts_and_insertions(case: Case, random: random.Random) -> Iterator[Files]:
     for name in (WEIGHTS, CONFIG):
         content = case.files[name]
-        for _ in range(100):
+        for _ in range(times(100, 40)):
             at = random.randrange(len(content))
             yield {**case.files, name: content[:at]}
             yield {**case.files, name: content[:at] + random.randbytes(random.randrange(1, 9)) + content[at:]}
@@ -128,12 +129,18 @@ def signed_headers(case: Case, random: random.Random) -> Iterator[Files]:
     """Damage in the header of the weights, which checksums made to fit do not reveal."""
     content = case.files[WEIGHTS]
     (length,) = struct.unpack("<Q", content[:8])
-    for _ in range(400):
+    for _ in range(times(400, 100)):
         yield signed({**case.files, WEIGHTS: flipped(content, random, 0, 8 + length)})
 
 
 @pytest.mark.parametrize(
-    ("damage", "least"), [(bit_flips, 1400), (cuts_and_insertions, 400), (wrong_values, 500), (signed_headers, 400)]
+    ("damage", "least"),
+    [
+        (bit_flips, times(1400, 300)),
+        (cuts_and_insertions, times(400, 160)),
+        (wrong_values, 500),
+        (signed_headers, times(400, 100)),
+    ],
 )
 def test_damage_is_refused_or_harmless(
     case: Case, damage: Callable[[Case, random.Random], Iterator[Files]], least: int

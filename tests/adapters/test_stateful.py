@@ -17,6 +17,7 @@ from hypothesis.stateful import rule
 import nolora_vision
 from nolora_vision import CheckpointError, ConfigError, InjectionError
 from tests.adapters.stateful_files import Files
+from tests.soak import times
 
 
 class Life(Files):
@@ -91,7 +92,7 @@ def search(machine: type[Life], examples: int) -> Any:
     case = machine.TestCase
     case.settings = settings(
         max_examples=examples,
-        stateful_step_count=25,
+        stateful_step_count=times(25, 20),
         deadline=None,
         derandomize=True,
         database=None,
@@ -103,5 +104,5 @@ def search(machine: type[Life], examples: int) -> Any:
     return case
 
 
-TestViT = search(ViT, 200)
-TestBEiT = search(BEiT, 50)
+TestViT = search(ViT, times(200, 32))
+TestBEiT = search(BEiT, times(50, 8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +18,8 @@ from nolora_vision.benchmark.sweep import claim_and_run, conduct, main, read_res
 from nolora_vision.benchmark.sweep_plan import Sweep, plan, read_sweep
 from nolora_vision.training.progress import RunsProgress
 from nolora_vision.training.shelf import Shelf
+from tests.training.forked_start import finished
 
-ROOT = str(Path(__file__).parents[2])
 SWEEP = """
 base:
   model: vit_tiny_patch16_224
@@ -199,7 +198,6 @@ def test_nothing_is_made_on_disk_before_a_sweep_is_valid(
     tmp_path: Path, text: str, args: list[str], message: str
 ) -> None:
     (tmp_path / "s.yaml").write_text(text)
-    command = [sys.executable, "-m", "nolora_vision.benchmark.sweep", "s.yaml", *args]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT})
+    done = finished("-m", "nolora_vision.benchmark.sweep", "s.yaml", *args, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
     assert message in done.stderr and [path.name for path in tmp_path.rglob("*")] == ["s.yaml"]

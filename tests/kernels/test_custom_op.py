@@ -103,8 +103,10 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def model() -> nn.Module:
+    """One block, 32 px."""
     torch.manual_seed(0)
-    made = nolora_vision.inject(timm.create_model("test_vit", num_classes=7), rank=2)
+    made = timm.create_model("test_vit", num_classes=7, depth=1, img_size=32)
+    nolora_vision.inject(made, rank=2)
     for parameter in nolora_vision.adapter_parameters(made):
         nn.init.normal_(parameter, std=0.05)
     return made.eval()
@@ -125,7 +127,7 @@ def test_compiled_models_train_alike_and_are_compiled_once(backend: str) -> None
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor" if backend == "custom_op" else "aot_eager")
     compiled = torch.compile(made, backend=counter, fullgraph=True)
-    images = torch.randn(2, 3, 160, 160)
+    images = torch.randn(2, 3, 32, 32)
     wanted = gradients(made, made, images, "eager")
     for got, want in zip(gradients(made, compiled, images, backend), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
@@ -135,7 +137,7 @@ def test_compiled_models_train_alike_and_are_compiled_once(backend: str) -> None
     gradients(made, compiled, images, backend)
     assert counter.frame_count == 1
     for batch in (3, 4, 5):
-        gradients(made, compiled, torch.randn(batch, 3, 160, 160), backend)
+        gradients(made, compiled, torch.randn(batch, 3, 32, 32), backend)
     assert counter.frame_count == 2
     nodes = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert any("nolora.update" in node for node in nodes) == (backend == "custom_op")

@@ -13,6 +13,7 @@ import torch
 from nolora_vision.kernels import LowRank, triton_stack
 from nolora_vision.kernels.eager import operands_of, with_operands
 from tests.operands import make_branch
+from tests.soak import SOAK
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +41,7 @@ def test_by_the_interpreter(part: str, passed: int) -> None:
 
 
 def test_the_rank_space_by_the_interpreter() -> None:
-    assert "124 passed" in run_checks("triton_rank_checks.py", interpret=True)
+    assert "116 passed" in run_checks("triton_rank_checks.py", interpret=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -92,15 +93,18 @@ SHARED_BYTES = 227 * 1024 // 2
 """Two programs fit onto one processor of an H100."""
 
 
+ONLY_IN_SOAK = pytest.mark.skipif(not SOAK, reason="in `make soak` only")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's ptxas is for Linux")
 @pytest.mark.parametrize(
     ("nonlinearity", "modulation", "ranks", "dtype", "samples"),
     [
         ("swish", "gate", (8, 8, 8), torch.bfloat16, None),
         ("rational", "gate", (64,), torch.bfloat16, 64),
-        ("residual_tanh", "vector", (8,), torch.float16, None),
+        pytest.param("residual_tanh", "vector", (8,), torch.float16, None, marks=ONLY_IN_SOAK),
         ("aurora", "gate", (8, 8, 8), torch.float32, None),
-        ("gelu", "none", (64,), torch.float32, None),
+        pytest.param("gelu", "none", (64,), torch.float32, None, marks=ONLY_IN_SOAK),
     ],
     ids=str,
 )

@@ -30,7 +30,8 @@ from tests.kernels.triton_checks import (
     magnitudes,
 )
 
-M = (1, 7, 69, 200)
+M = (1, 7, 39, 104)
+"""One block of rows, and several with a ragged last one, of 16 or 32 rows each."""
 
 
 def covering_cases() -> list[Case]:

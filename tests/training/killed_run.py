@@ -1,9 +1,10 @@
 """A run that is killed again and again and goes on each time, beside one that nobody killed; a program of its own.
 
-    python tests/training/killed_run.py FOLDER [KILLS] [SEED]
+    python tests/training/killed_run.py FOLDER [KILLS] [EPOCHS] [SEED]
 
 It forks, so that each start costs no imports, and what forks must have begun no threads: no test may call it in its own
-process. Prints a JSON with what both runs gave, and how often it was killed in a step, a save and an evaluation.
+process. The moments are random, but the first three are inside a step, a save and an evaluation. Prints a JSON with
+what both runs gave, and how often it was killed in each of these.
 """
 
 from __future__ import annotations
@@ -69,6 +70,17 @@ def seconds_of(pid: int) -> float:
     return time.perf_counter() - began
 
 
+def moment(pid: int, place: str, draw: random.Random) -> None:
+    """Wait until the child is there, and then a little."""
+    while True:
+        while PLACES[WHERE[0]] != place:
+            assert os.waitpid(pid, os.WNOHANG)[0] == 0, "the run ended before it was killed"
+            time.sleep(1e-4)
+        time.sleep(draw.uniform(0, 2e-3))
+        if PLACES[WHERE[0]] == place:
+            return
+
+
 def left_by(folder: Path) -> dict[str, Any]:
     """What must be the same: all of a run's results but times, memory and the folder's name."""
     record = json.loads((folder / "record.json").read_text())
@@ -82,13 +94,13 @@ def left_by(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, kills: int = 20, seed: int = 0) -> None:
+def main(folder: Path, kills: int = 20, epochs: int = 24, seed: int = 0) -> None:
     """Both runs."""
     torch.set_num_threads(1)
     config = RunConfig(
         **{"model": "test_vit", "dataset": "digits", "pretrained": False, "img_size": 16, "workers": 0},
-        model_kwargs={"patch_size": 4},
-        **{"max_train_samples": 64, "max_eval_samples": 300, "epochs": 24, "batch_size": 16, "lr": 5e-3},
+        model_kwargs={"patch_size": 4, "depth": 2},
+        **{"max_train_samples": 64, "max_eval_samples": 300, "epochs": epochs, "batch_size": 16, "lr": 5e-3},
         adapter=AdapterConfig(modulation="gate", modulation_noise=0.5),
         **{"consistency": 0.1, "consistency_mode": "previous", "model_ema": True, "drop_path": 0.1},
         **{"checkpoint_steps": 1, "output": folder},
@@ -96,11 +108,13 @@ def main(folder: Path, kills: int = 20, seed: int = 0) -> None:
     whole = seconds_of(start(replace(config, experiment="whole")))
     draw, killed_in = random.Random(seed), Counter()
     often = replace(config, experiment="killed", resume="auto")
-    for _ in range(kills):
+    for i in range(kills):
         pid = start(often)
         while WHERE[0] == 0:
             time.sleep(1e-3)
-        time.sleep(draw.uniform(0, 0.8 * whole / kills))
+        time.sleep(draw.uniform(0, 0.6 * whole / kills))
+        if 1 + i < len(PLACES):
+            moment(pid, PLACES[1 + i], draw)
         killed_in[PLACES[WHERE[0]]] += 1
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]

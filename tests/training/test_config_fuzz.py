@@ -1,4 +1,4 @@
-"""Thousands of configs as mappings, YAML and command lines: each is a run's config or one message, never a crash."""
+"""Many configs as mappings, YAML and command lines: each is a run's config or one message, never a crash."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from nolora_vision.training.config_file import (
 )
 from nolora_vision.training.kinds import kinds_of
 from nolora_vision.training.run_config import RunConfig
+from tests.soak import times
 from tests.training.config_values import good, junk
 
 pytestmark = pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning", "ignore:Possible set")
@@ -176,7 +177,9 @@ def words_of(value: Any) -> list[str]:
 
 
 def test_mappings(tmp_path: Path) -> None:
-    fuzz(mappings(), lambda values: outcome_of(lambda: make_run_config(values, owner="fuzz"), tmp_path), 2600)
+    fuzz(
+        mappings(), lambda values: outcome_of(lambda: make_run_config(values, owner="fuzz"), tmp_path), times(2600, 400)
+    )
 
 
 def test_yaml_files(tmp_path: Path) -> None:
@@ -184,7 +187,7 @@ def test_yaml_files(tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_bytes(content)
         return outcome_of(lambda: load_run_config(tmp_path / "c.yaml"), tmp_path)
 
-    fuzz(yaml_files(), outcome, 1500)
+    fuzz(yaml_files(), outcome, times(1500, 240))
 
 
 def by_tyro(args: list[str]) -> RunConfig | None:
@@ -205,7 +208,7 @@ def test_command_lines_are_read_as_tyro_reads_them(tmp_path: Path) -> None:
             assert (parse_run_config(args) if result == "config" else None) == by_tyro(args), args
         return result
 
-    fuzz(command_lines(), outcome, 700)
+    fuzz(command_lines(), outcome, times(700, 120))
 
 
 def test_command_lines_over_yaml(tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
 """Every method, and every kind of consistency, trains under DDP, which refuses parameters that a step leaves out."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from nolora_vision.methods import METHODS
+from tests.training.forked_start import finished
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import timm, torch, torch.distributed as dist
 import nolora_vision
@@ -24,7 +22,7 @@ OPTIONS = {"fourierft": {"n_frequency": 50}, "c3a": {"block_size": 16}, "oft": {
 
 def train(name, method, objective=Plain(), steps=3, **config):
     torch.manual_seed(0)
-    model = timm.create_model("test_vit", img_size=16, patch_size=4, num_classes=3)
+    model = timm.create_model("test_vit", img_size=16, patch_size=4, depth=2, num_classes=3)
     apply_method(model, method, AdapterConfig(rank=4, **config), options=OPTIONS.get(method))
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     before = {k: p.detach().clone() for k, p in trained.items()}
@@ -69,9 +67,7 @@ leave_processes()
 def test_every_method_and_every_consistency_trains_under_ddp(tmp_path: Path) -> None:
     script = tmp_path / "methods.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, "--standalone", str(script)], env=environment, capture_output=True, text=True)
+    done = finished(str(script), processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     trained = [line.removeprefix("trained ") for line in done.stdout.splitlines() if line.startswith("trained ")]
     modes = [f"{m} {v}" for m in ("twice", "part", "every", "previous") for v in ("none", "gate", "vector")]

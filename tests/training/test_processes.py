@@ -15,32 +15,16 @@ from safetensors.torch import load_file
 
 from nolora_vision.training.lost_loaders import lost_worker_explained
 from nolora_vision.training.run import main
+from tests.training.forked_start import ROOT, TRAIN, finished, started
 
-ROOT = Path(__file__).parents[2]
-ARGS = [
-    "--model",
-    "test_vit",
-    "--dataset",
-    "digits",
-    "--no-pretrained",
-    "--img-size",
-    "16",
-    "--model-kwargs",
-    "patch_size",
-]
-ARGS += ["4", "--max-train-samples", "64", "--max-eval-samples", "61", "--lr", "5e-3", "-j", "1", "--reprob", "0.3"]
-
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-
-
-def command(processes: int, *args: str) -> list[str]:
-    return [*(LAUNCH if processes == 2 else [sys.executable]), str(ROOT / "train.py"), *ARGS, *args]
+ARGS = ["--model", "test_vit", "--dataset", "digits", "--no-pretrained", "--img-size", "32", "--lr", "5e-3", "-j", "1"]
+ARGS += ["--model-kwargs", "depth", "2", "--max-train-samples", "64", "--max-eval-samples", "61"]
+ARGS += ["--reprob", "0.3"]
 
 
 def trained(folder: Path, processes: int, *args: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """Record and weights of a run."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command(processes, *args), env=environment, capture_output=True, text=True, cwd=folder.parent)
+    done = finished(TRAIN, *ARGS, *args, processes=processes, cwd=folder.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("test top-1") == 1  # only the main process speaks
     record = json.loads((folder / "record.json").read_text())
@@ -66,16 +50,15 @@ def test_processes_end_well_right_after_their_last_message(tmp_path: Path) -> No
     """Without `leave_processes`, each launch aborted two times of three."""
     script = tmp_path / "leaves.py"
     script.write_text(LEAVES, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     for _ in range(3):
-        done = subprocess.run([*LAUNCH, str(script)], env=environment, capture_output=True, text=True)
+        done = finished(str(script), processes=2, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over TCP is not tried on Windows")
 def test_two_processes_are_one_and_go_on_together(tmp_path: Path) -> None:
     place = ["--output", str(tmp_path), "--epochs", "2", "--experiment"]
-    one, weights = trained(tmp_path / "one", 1, *place, "one", "-b", "16")
+    one, weights = trained(tmp_path / "one", 0, *place, "one", "-b", "16")
     two, others = trained(tmp_path / "two", 2, *place, "two", "-b", "8")
     assert weights.keys() == others.keys()
     for name, value in weights.items():
@@ -85,20 +68,17 @@ def test_two_processes_are_one_and_go_on_together(tmp_path: Path) -> None:
     assert two["metrics"]["test_loss"] == pytest.approx(one["metrics"]["test_loss"], rel=1e-4)
     assert two["metrics"]["train_forward_images"] == one["metrics"]["train_forward_images"] == 128
 
-    place = ["--output", str(tmp_path), "--epochs", "60", "-b", "8", "--validate-every", "0", "--experiment"]
+    place = ["--output", str(tmp_path), "--epochs", "30", "-b", "8", "--validate-every", "0", "--experiment"]
     whole, weights = trained(tmp_path / "whole", 2, *place, "whole")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     log = tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command(2, *place, "part"), env=environment, stdout=out, stderr=subprocess.STDOUT)
-        while "epoch 2/60" not in log.read_text() and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+    with started(TRAIN, *ARGS, *place, "part", processes=2, log=log) as process:
+        process.until("epoch 2/30")
+        os.kill(process.pid, signal.SIGTERM)
         assert process.wait() != 0
     said = log.read_text()
     assert said.count("Stopping after this step") == 1 and "Go on: python train.py --resume" in said
     part, others = trained(tmp_path / "part", 2, *place, "part", "--resume", "auto")
-    assert len(part["resumed_at_updates"]) == 1 and part["resumed_at_updates"][0] < 240
+    assert len(part["resumed_at_updates"]) == 1 and part["resumed_at_updates"][0] < 120
     assert all(torch.equal(others[name], value) for name, value in weights.items())
     assert part["metrics"]["test_loss"] == whole["metrics"]["test_loss"]
 
@@ -109,13 +89,16 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux shows them")
 def test_a_process_that_is_killed_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    place = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "60", "-b", "8", "--validate-every", "0"]
+    """The first launch is a real one: nothing is forked."""
+    place = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "20", "-b", "8", "--validate-every", "0"]
     place += ["--checkpoint-steps", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*launch, "--standalone", TRAIN, *ARGS, *place]
     log = tmp_path / "log"
     with log.open("w") as out:
-        process = subprocess.Popen(command(2, *place), env=environment, stdout=out, stderr=subprocess.STDOUT)
-        while "epoch 2/60" not in log.read_text() and process.poll() is None:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        while "epoch 2/20" not in log.read_text() and process.poll() is None:
             time.sleep(0.02)
         workers = children(process.pid)
         assert len(workers) == 2, log.read_text()
@@ -152,10 +135,8 @@ sys.exit(run.main())
 def test_a_process_that_loads_images_and_dies_is_named(tmp_path: Path) -> None:
     script = tmp_path / "kills.py"
     script.write_text(KILLS, encoding="utf-8")
-    args = [*ARGS, "--output", str(tmp_path), "--experiment", "run", "--epochs", "40", "-b", "8"]
-    args += ["--checkpoint-steps", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(script), *args], env=environment, capture_output=True, text=True)
+    args = [*ARGS, "--output", str(tmp_path), "--experiment", "run", "--epochs", "2", "-b", "8"]
+    done = finished(str(script), *args, "--checkpoint-steps", "2", cwd=tmp_path)
     how = r"DataLoader worker .*exited unexpectedly|ConnectionResetError: .*|EOFError: .*|FileNotFoundError: .*"
     assert re.search(rf"A process that loads images died \(({how})\).*--workers 1", done.stderr), done.stderr
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -165,9 +146,9 @@ def test_a_process_that_loads_images_and_dies_is_named(tmp_path: Path) -> None:
 
 def test_a_gradient_that_is_not_finite_is_told_once_and_with_its_layer(tmp_path: Path) -> None:
     args = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "2", "-b", "8"]
+    args += ["--img-size", "16", "--model-kwargs", "patch_size", "4"]
     args += ["--lr", "1e6", "--clip-grad", "None", "--warmup-epochs", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command(2, *args), env=environment, capture_output=True, text=True, cwd=tmp_path)
+    done = finished(TRAIN, *ARGS, *args, processes=2, cwd=tmp_path)
     assert done.returncode != 0
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert failure["of"] == "gradient" and "blocks." in failure["where"]
@@ -193,11 +174,9 @@ run.main()
 def test_each_process_draws_its_own_noise_and_the_first_that_of_a_run_alone(tmp_path: Path) -> None:
     script = tmp_path / "draws.py"
     script.write_text(DRAWS, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     drawn = []
-    for start in ([sys.executable], LAUNCH):
-        args = [*start, str(script), *ARGS, "-b", "8", "--output", str(tmp_path)]
-        done = subprocess.run(args, env=environment, capture_output=True, text=True)
+    for processes in (0, 2):
+        done = finished(str(script), *ARGS, "-b", "8", "--output", str(tmp_path), processes=processes, cwd=tmp_path)
         drawn.append(re.findall(r"^drawn (.*)$", done.stdout, re.MULTILINE)[0].split())
     (alone,), (first, second) = drawn
     assert first == alone != second

@@ -4,9 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +15,20 @@ from nolora_vision.adapters import whole_directory
 from nolora_vision.config import AdapterConfig
 from nolora_vision.training import engine
 from nolora_vision.training.checkpoints import read_newest
+from nolora_vision.training.config_file import dump_run_config
 from nolora_vision.training.errors import Interrupted, RunError
 from nolora_vision.training.progress import Silence
 from nolora_vision.training.run import main, run
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.stopping import StopRequest
+from tests.soak import times
+from tests.training import killed_run
+from tests.training.forked_start import TRAIN, finished, started
 from tests.training.killed_run import left_by
 
 SMALL = RunConfig(
     **{"model": "test_vit", "dataset": "digits", "pretrained": False, "img_size": 16, "workers": 0},
-    model_kwargs={"patch_size": 4},
+    model_kwargs={"patch_size": 4, "depth": 2},
     **{"max_train_samples": 64, "max_eval_samples": 64, "epochs": 3, "batch_size": 16, "lr": 5e-3},
 )
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -81,14 +82,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert record["metrics"]["train_seconds"] > 0
 
 
-def test_a_run_that_is_killed_at_20_moments_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, str(here / "killed_run.py"), str(tmp_path), "20", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    kills, epochs = times(20, 4), times(24, 12)
+    done = finished(str(Path(killed_run.__file__)), str(tmp_path), str(kills), str(epochs), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert sum(found["killed_in"].values()) == 20 and found["killed"] == found["whole"]
+    assert sum(found["killed_in"].values()) == kills and found["killed"] == found["whole"]
+    assert found["killed_in"].keys() == {"step", "save", "evaluation"}
 
 
 def test_a_stop_in_validation_or_in_the_test_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,21 +153,17 @@ def test_a_second_signal_does_what_it_does_without_us(capfd: pytest.CaptureFixtu
 
 
 def test_a_signal_to_the_whole_group_loses_nothing_though_the_loaders_die(tmp_path: Path) -> None:
-    config = replace(SMALL, output=tmp_path, epochs=40, workers=2)
+    config = replace(SMALL, output=tmp_path, epochs=20, workers=2)
     whole = run(replace(config, experiment="whole", workers=0), progress=Silence(), checkpoints=True)
-    train_py = Path(__file__).parents[2] / "train.py"
-    args = ["--model", "test_vit", "--dataset", "digits", "--no-pretrained", "--img-size", "16", "--epochs", "40"]
-    args += ["--model-kwargs", "patch_size", "4", "--max-train-samples", "64", "--max-eval-samples", "64", "-b", "16"]
-    args += ["--lr", "5e-3", "-j", "2", "--output", str(tmp_path), "--experiment", "part", "--checkpoint-steps", "1"]
-    command, log = [sys.executable, str(train_py), *args], tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        while "epoch 2/40" not in log.read_text() and process.poll() is None:
-            time.sleep(0.02)
+    again = replace(config, experiment="part", checkpoint_steps=1)
+    (tmp_path / "part.yaml").write_text(dump_run_config(again), encoding="utf-8")
+    log = tmp_path / "log"
+    with started(TRAIN, "-c", str(tmp_path / "part.yaml"), log=log) as process:
+        process.until("epoch 2/20")
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait() == 143, log.read_text()
     assert "Go on: python train.py --resume" in log.read_text()
-    record = run(replace(config, experiment="part", resume="auto"), progress=Silence(), checkpoints=True)
+    record = run(replace(again, resume="auto"), progress=Silence(), checkpoints=True)
     assert record["resumed_at_updates"] and left_by(Path(record["folder"])) == left_by(Path(whole["folder"]))
 
 

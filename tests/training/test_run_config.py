@@ -1,6 +1,5 @@
 """The run's configuration: YAML, command line, and every refusal."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -14,6 +13,7 @@ from nolora_vision.training.ingredients import make_scheduler
 from nolora_vision.training.kinds import kinds_of
 from nolora_vision.training.run import main
 from nolora_vision.training.run_config import RunConfig
+from tests.training.forked_start import TRAIN, finished
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -258,11 +258,9 @@ def test_a_saved_adapter_of_a_square_image_size_or_of_random_weights_can_be_test
     "args",
     [["--epochs", "0"], ["--model", "vit_bas"], ["-c", "no.yaml"], ["--opt", "adamv", "--foo"], ["-c", "bad.yaml"]],
 )
-def test_nothing_is_made_on_disk_before_the_config_is_valid(
-    train_py: Callable, tmp_path: Path, args: list[str]
-) -> None:
+def test_nothing_is_made_on_disk_before_the_config_is_valid(tmp_path: Path, args: list[str]) -> None:
     (tmp_path / "bad.yaml").write_text("epohcs: 3\n")
-    done = train_py(*args)
+    done = finished(TRAIN, *args, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
     assert done.stderr.startswith("train.py: ") and " is not usable:\n  - " in done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["bad.yaml"]

@@ -1,13 +1,11 @@
 """FSDP's split parameters: the same training, checkpoints and adapters as without it, on two processes of the CPU."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.training.forked_start import finished
 
 SCRIPT = """
 import json, timm, torch
@@ -29,7 +27,7 @@ data = torch.utils.data.TensorDataset(x, y)
 
 def build():
     torch.manual_seed(0)
-    model = timm.create_model("test_vit", img_size=16, patch_size=4, num_classes=3)
+    model = timm.create_model("test_vit", img_size=16, patch_size=4, depth=2, num_classes=3)
     nolora_vision.inject(model)
     return model
 
@@ -107,7 +105,5 @@ leave_processes()
 def test_fsdp_trains_saves_and_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, "--standalone", str(script)], env=environment, capture_output=True, text=True)
+    done = finished(str(script), processes=2, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("all of it") == 2, done.stderr
