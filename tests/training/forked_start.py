@@ -51,12 +51,12 @@ class Started:
 
 
 @contextmanager
-def started(*args: str, log: Path, processes: int = 0, cwd: Path | None = None) -> Iterator[Started]:
-    """`python …` whose output goes to a file; with processes, so many of it under `torchrun`. Killed if it still runs.
+def started(*args: str, log: Path, processes: int = 0) -> Iterator[Started]:
+    """`python …` whose output goes to a file; with processes, so many of it under `torchrun`, on processors.
 
-    The programs of a launcher are on processors, as accelerate would put them on GPUs.
+    It is told to end if it still runs.
     """
-    with _started(args, processes, cwd or log.parent, log, log) as program:
+    with _started(args, processes, log.parent, log, log) as program:
         yield program
 
 
