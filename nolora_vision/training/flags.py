@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, is_dataclass, make_dataclass
 from functools import cache
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
@@ -58,6 +59,9 @@ def read_flags(args: Sequence[str], *owners: type) -> Flags:
             problems.append(Problem(f"{shown(group[0])} is no flag.{hint}" if _is_flag(group[0]) else _stray(group)))
             continue
         spelled[flag.name] = spelling
+        if (pairs := _pairs(flag, group)) is not None:
+            values[flag.name] = pairs
+            continue
         try:
             with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
                 values[flag.name] = tyro.cli(flag.form, args=group).value
@@ -90,6 +94,27 @@ def _fields(owner: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _fields(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             yield prefix + name, kind
+
+
+def _pairs(flag: _Flag, group: Sequence[str]) -> dict[str, Any] | None:
+    """`name=value` after name=value, as timm's own train.py takes model options; None if it is not written so.
+
+    A value is Python's if it can be read as that, `depths=[2,2]`, else a word.
+    """
+    _, attached, first = group[0].partition("=")
+    words = [*([first] if attached else []), *group[1:]]
+    written = [re.fullmatch(r"([A-Za-z_]\w*)=(.*)", word, re.DOTALL) for word in words]
+    if get_origin(flag.kind) is not dict or not written or None in written:
+        return None
+    return {match[1]: _literal(match[2]) for match in written if match}
+
+
+def _literal(text: str) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return text
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _option(name: str) -> str:

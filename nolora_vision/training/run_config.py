@@ -54,7 +54,7 @@ class RunConfig:
     img_size: Count | None = None
     """Image height and width in pixels; None takes the pretrained model's own."""
     model_kwargs: ModelOptions = field(default_factory=dict)
-    """Further arguments of the timm model, such as `patch_size 4 depth 6`."""
+    """Further arguments of the timm model, such as `patch_size=4 depth=6`."""
 
     epochs: Count = 10
     """Passes over the training images."""

@@ -255,6 +255,27 @@ def test_a_saved_adapter_of_a_square_image_size_or_of_random_weights_can_be_test
 
 
 @pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["patch_size=4", "depth=2"], {"patch_size": 4, "depth": 2}),  # as timm's own train.py takes them
+        (
+            ["depths=[2,2]", "act_layer=gelu", "qkv_bias=False"],
+            {"depths": [2, 2], "act_layer": "gelu", "qkv_bias": False},
+        ),
+        (["patch_size", "4"], {"patch_size": 4}),
+    ],
+)
+def test_several_options_of_the_model(words: list[str], options: dict[str, object]) -> None:
+    assert parse_run_config(["--model-kwargs", *words]).model_kwargs == options
+    assert parse_run_config([f"--model-kwargs={words[0]}", *words[1:]]).model_kwargs == options
+
+
+def test_a_value_that_no_option_may_have_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model_kwargs.*depth"):
+        parse_run_config(["--model-kwargs", "depth={1}"])
+
+
+@pytest.mark.parametrize(
     "args",
     [["--epochs", "0"], ["--model", "vit_bas"], ["-c", "no.yaml"], ["--opt", "adamv", "--foo"], ["-c", "bad.yaml"]],
 )
