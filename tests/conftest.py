@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported
 
@@ -14,10 +10,6 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, Family
-
-ROOT = Path(__file__).parents[1]
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +21,6 @@ def _seeded() -> None:
 def family(request: pytest.FixtureRequest) -> Family:
     """Each family in turn."""
     return request.param
-
-
-@pytest.fixture
-def train_py(tmp_path: Path) -> Command:
-    """Run `train.py` in a process of its own, in an empty folder: `train_py("--dataset", "digits", env={…})`."""
-
-    def command(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *args],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, **(env or {})},
-        )
-
-    return command
 
 
 @pytest.fixture(scope="session")
