@@ -106,7 +106,7 @@ EVERY = {
 ONLY_IN_SOAK = pytest.mark.skipif(not SOAK, reason="in `make soak` only")
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torch", marks=ONLY_IN_SOAK)])
 @pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=ONLY_IN_SOAK) for name in ("swinv2", "eva02"))])
 def test_every_update_in_one_file(name: str, format: Any, tmp_path: Path) -> None:
     model, size = nolora_vision.inject(EVERY[name].build(), rank=3), EVERY[name].size

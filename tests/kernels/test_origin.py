@@ -178,7 +178,7 @@ def blocks_keep(model: nn.Module, images: Tensor, backend: str) -> int:
         return saved_bytes(model(images), besides=model_tensors(model))
 
 
-MOST = {"swinv2": 1.08, "levit": 1.1}
+MOST = {"swinv2": 1.08, "levit": 1.06}
 """Bytes over the frozen model's. The rest is h, and x where the residual stream itself enters a layer; others: 1.03."""
 
 
@@ -190,4 +190,4 @@ def test_every_family_keeps_little_more_than_the_frozen_model(family) -> None:
     nolora_vision.inject(model, rank=1)
     kept, by_definition = (blocks_keep(model, images, backend) / frozen for backend in ("autograd", "eager"))
     most = next((most for name, most in MOST.items() if family.name.startswith(name)), 1.03)
-    assert kept <= most < 1.12 < by_definition
+    assert kept <= most and kept - 1 < 0.6 * (by_definition - 1)
