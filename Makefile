@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    the main job on digits, without a network (about two minutes)"
 	@echo "make test    install everything into $(VENV) if needed, and run the tests"
-	@echo "make soak    the same with the long tests at their full counts (an hour or more)"
+	@echo "make soak    the same with the long tests at their full counts (takes far longer)"
 	@echo "make lint    ruff and pyright"
 	@echo "make audit   known vulnerabilities of what is installed (needs a network)"
 	@echo "make survey  inject into every timm architecture (slow)"

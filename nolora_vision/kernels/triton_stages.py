@@ -238,7 +238,7 @@ def launch(kernel: Any, grid: tuple[int, ...], blocks: Blocks, known: dict[str, 
     """Run the kernel once for each place of the grid, if there is any, on the GPU where its tensors are."""
     if all(grid):
         known = known | {"ROWS": blocks.rows, "COLUMNS": blocks.columns}
-        arguments = [known[name] for name in kernel.arg_names]  # by place: named ones take Python longer
+        arguments = [known[name] for name in kernel.arg_names]
         with _on(next(t for t in arguments if isinstance(t, Tensor))):
             kernel[grid](*arguments, num_warps=blocks.warps, num_stages=blocks.stages)
 

@@ -39,7 +39,7 @@ def prove_reach(model: nn.Module, adapters: Mapping[str, nn.Module], example_inp
     hooks = [adapter.register_forward_pre_hook(_noting(called, path)) for path, adapter in adapters.items()]
     try:
         with _evaluating(model), torch.no_grad():
-            _dry_forward(model, example_input)
+            _dry_forward(model, example_input, called)
     finally:
         for hook in hooks:
             hook.remove()
@@ -59,10 +59,12 @@ def _noting(called: set[str], path: str) -> Callable[..., None]:
     return note
 
 
-def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
+def _dry_forward(model: nn.Module, example_input: Any | None, called: set[str]) -> None:
+    """Run the model on the first input that it takes; `called` is of that run alone."""
     failures = []
     for inputs in _candidate_inputs(model, example_input):
         for run in (_forward_on_meta, _forward_for_real):
+            called.clear()  # a run that failed half-way proves nothing
             try:
                 return run(model, inputs)
             except Exception as error:
@@ -70,6 +72,7 @@ def _dry_forward(model: nn.Module, example_input: Any | None) -> None:
                 failures.append(f"{run.__name__[1:]} on {_shapes(inputs)}: {reason}")
     if example_input is None:  # a model made for other images may not know it (LeViT, MaxViT with img_size)
         for inputs in _squares(model, OTHER_SIZES):
+            called.clear()
             try:
                 return _forward_on_meta(model, inputs)
             except Exception:

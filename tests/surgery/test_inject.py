@@ -85,6 +85,26 @@ def test_a_bypassed_layer_is_reported_and_the_model_untouched() -> None:
     assert type(model.qkv) is nn.Linear and all(p.requires_grad for p in model.parameters())
 
 
+class CallsAndFails(nn.Module):
+    """Calls its layer on images that it then can't take, and not on those that it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != 64:
+            self.layer(x[..., :1])
+            raise ValueError("64 px are wanted")
+        return x
+
+
+def test_a_run_that_failed_half_way_proves_nothing() -> None:
+    model = CallsAndFails()
+    with pytest.raises(InjectionError, match="1 of 1 adapters are never called"):
+        reach.prove_reach(model, {"layer": model.layer})
+
+
 @pytest.mark.parametrize("name", ["test_vit", "coat_tiny"])  # CoaT's shared MLPs have two names each
 def test_the_proof_runs_on_meta_and_leaves_the_same_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "_forward_for_real", None)
