@@ -1,4 +1,4 @@
-"""How often the long tests repeat themselves: a few times in `make test`, as often as README says in `make soak`."""
+"""How often the long tests repeat themselves: a few times in `make test`, as often as wanted in `make soak`."""
 
 from __future__ import annotations
 

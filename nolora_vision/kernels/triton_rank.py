@@ -2,7 +2,7 @@
 
 The thin products stay with PyTorch's libraries. On (M, R) numbers f, v and the gate run for microseconds, but are some
 forty operations of PyTorch, and Python takes longer to launch each than a GPU to run it: that bound the steps that were
-measured on an H100 (README). Shapes as in `triton_stages.py`. Importing this file imports triton.
+measured on an H100 (benchmarks/README.md). Shapes as in `triton_stages.py`. Importing this file imports triton.
 """
 
 from __future__ import annotations
