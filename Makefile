@@ -17,7 +17,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	@echo "Installing into $(VENV) (about 5 GB, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.installed
