@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test soak lint audit survey bench clean
+.PHONY: help demo test soak lowest lint audit survey bench clean
 
 help:
 	@echo "make demo    the main job on digits, without a network (about two minutes)"
 	@echo "make test    install everything into $(VENV) if needed, and run the tests"
 	@echo "make soak    the same with the long tests at their full counts (takes far longer)"
+	@echo "make lowest  the tests with the oldest versions of its packages that it admits, in $(VENV)-lowest"
 	@echo "make lint    ruff and pyright"
 	@echo "make audit   known vulnerabilities of what is installed (needs a network)"
 	@echo "make survey  inject into every timm architecture (slow)"
@@ -17,7 +18,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	@echo "Installing into $(VENV) (about 5 GB, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -28,6 +29,10 @@ test: $(VENV)/.installed
 
 soak: $(VENV)/.installed
 	NOLORA_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lowest:
+	@test -e $(VENV)-lowest/.installed || $(MAKE) $(VENV)-lowest/.installed VENV=$(VENV)-lowest CONSTRAINTS='-c .ci/lowest.txt'
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -44,4 +49,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m nolora_vision.benchmark.speed
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) $(VENV)-lowest .pytest_cache .ruff_cache dist

@@ -1,6 +1,7 @@
 """What an import costs, and that the wheel works outside the clone."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -40,6 +41,17 @@ def test_every_public_name_is_there() -> None:
     names += " hold_frozen release_frozen"
     missing = [name for name in names.split() if not hasattr(nolora_vision, name)]
     assert not missing and nolora_vision.__version__
+
+
+def test_the_lowest_versions_are_those_that_are_admitted() -> None:
+    lines = (ROOT / ".ci" / "lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    admitted = dict(
+        re.findall(r'^    "([\w-]+)>=([\d.]+)",$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    )
+    assert len(admitted) == 6 and lowest.keys() - admitted.keys() == {"torchvision"}  # that follows torch
+    for name, version in admitted.items():
+        assert f"{lowest[name]}.".startswith(f"{version}."), f"{name}: {lowest[name]}, and pyproject.toml has {version}"
 
 
 def test_wheel_and_sdist_work_outside_the_clone(tmp_path: Path) -> None:
