@@ -32,7 +32,7 @@ soak: $(VENV)/.installed
 
 lowest:
 	@test -e $(VENV)-lowest/.installed || $(MAKE) $(VENV)-lowest/.installed VENV=$(VENV)-lowest CONSTRAINTS='-c .ci/lowest.txt'
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 -W default
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -47,6 +47,8 @@ TINY_VIT = {
     "num_heads": (1, 2, 3, 4),
     "window_sizes": (4, 4, 4, 2),
 }
+MAXVIT = {"img_size": 64, "embed_dim": (32, 64, 96, 128), "depths": (1, 1, 1, 1), "stem_width": (16, 32)}
+COATNET = {**MAXVIT, "depths": (1, 1, 2, 1)}
 EVA = {"img_size": 56, "depth": 2, "embed_dim": 64, "num_heads": 2}
 FAMILIES = {
     "vit": Family("test_vit", 160),
@@ -57,5 +59,5 @@ FAMILIES = {
     "levit": Family("levit_128s", 64, LEVIT),
     "tiny_vit": Family("tiny_vit_5m_224", 64, TINY_VIT),
     "pvt_v2": Family("pvt_v2_b0", 64, {"depths": (1, 1, 1, 1)}),
-    "maxvit": Family("test_maxvit", 64, {"img_size": 64}),
+    "maxvit": Family("maxvit_nano_rw_256", 64, MAXVIT),
 }

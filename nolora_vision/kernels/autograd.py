@@ -138,7 +138,7 @@ class _Plain(torch.autograd.Function):
             return found[0], None, None, *found[1:], None
         dx = d_down = d_up = None
         with _AutocastOff(dy.device.type):
-            of_type = [t if t.dtype == dtype else own.to(dtype) for t, own in zip(ctx.cast, (down, up), strict=True)]
+            of_type = ctx.cast if ctx.cast[0].dtype == dtype else (down.to(dtype), up.to(dtype))
             dh = thin(dy, of_type[1])
             if of_x:
                 dx = input_gradient(dy, cast(weight, dtype)).addmm_(dh, of_type[0])
@@ -194,7 +194,7 @@ class _AutocastOff:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, owned: bool = True) -> Tensor:
     """W x + b, the frozen layer's own bits: (M, E), under autocast, if it is on."""
-    if bias is None:  # a plain product, whose result for (..., D) would be (..., E) and no view of (M, E)
+    if bias is None and x.is_contiguous():  # a plain product: of (..., D) it would be (..., E) and no view of (M, E)
         return F.linear(x.reshape(-1, x.shape[-1]), weight)
     y = F.linear(x, weight, bias)
     return _owner(y) if owned else y.reshape(-1, y.shape[-1])

@@ -19,6 +19,7 @@ from nolora_vision import CheckpointError, PeftFormatError, from_pretrained, loa
 from nolora_vision.adapters.peft_format import read_peft
 from nolora_vision.surgery.adapter import adapted_layers
 from nolora_vision.surgery.inject import injection_of
+from tests.families import FAMILIES
 
 # fp32: PEFT scales B A x after the product where ours may scale before, and sums in another order. The largest
 # difference measured over these families was 6e-7 on logits of up to 5; 1e-5 leaves room for other machines' kernels.
@@ -392,10 +393,8 @@ def unfrozen(model: nn.Module) -> nn.Module:
 
 def run_in_training() -> nn.Module:
     torch.manual_seed(3)
-    model = nolora_vision.inject(
-        timm.create_model("test_maxvit", num_classes=7), rank=2, nonlinearity="identity", modulation="none"
-    )
-    model.train()(torch.randn(2, 3, 160, 160))
+    model = nolora_vision.inject(FAMILIES["maxvit"].bare(), rank=2, nonlinearity="identity", modulation="none")
+    model.train()(FAMILIES["maxvit"].images(2))
     return model.eval()
 
 

@@ -41,7 +41,7 @@ SMALLEST = tuple(
         "levit_128s",
         "lowformer_b0",
         "test_mambaout",
-        "test_coatnet",
+        "coatnet_nano_rw_224",
         "poolformerv2_s12",
         "gmlp_ti16_224",
         "mobilenetv4_hybrid_medium_075",
@@ -79,6 +79,8 @@ SMALLEST = tuple(
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_one_of_each_file(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     finding = survey.examine(name)
     assert finding.status == "adapted" and finding.adapters > 0, finding.reason
 

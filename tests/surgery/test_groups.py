@@ -81,7 +81,9 @@ def test_what_no_one_decays_in_the_backbone() -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[i] for i in groups["backbone"]}
     assert "layers.0.blocks.0.attn.qkv.weight" in decayed and "patch_embed.proj.weight" in decayed
-    assert not [name for name in decayed if "cpb_mlp" in name or "logit_scale" in name]  # model.no_weight_decay()
+    listed = [name for name in names.values() if "cpb_mlp" in name or "logit_scale" in name]
+    if any("logit_scale" in name for name in model.no_weight_decay()):  # timm's list, empty before 1.0.30
+        assert listed and not decayed & set(listed)
     spared = {names[i] for i in groups["backbone_no_decay"]}
     assert {"layers.0.blocks.0.norm1.weight", "layers.0.blocks.0.mlp.fc1.bias"} <= spared
 

@@ -13,8 +13,10 @@ import nolora_vision
 from nolora_vision import AdapterConfig, InjectionError
 from nolora_vision.surgery import reach
 from nolora_vision.surgery.adapter import adapted_layers
+from tests.families import COATNET, FAMILIES, Family
 
-FAMILIES = ["test_vit", "swinv2_tiny_window8_256", "eva02_tiny_patch14_224", "levit_128s", "pvt_v2_b0", "test_coatnet"]
+SMALL = {name: FAMILIES[name] for name in ("vit", "swinv2", "eva02", "levit", "pvt_v2")}
+SMALL["coatnet"] = Family("coatnet_nano_rw_224", 64, COATNET)
 
 
 def images(model: nn.Module, n: int = 1) -> torch.Tensor:
@@ -26,20 +28,11 @@ def randomise(model: nn.Module) -> None:
         nn.init.normal_(parameter, std=0.1)
 
 
-def build(name: str) -> nn.Module:
-    """An untrained model whose zero-initialised norms (Swin V2, LeViT, …) let the blocks' outputs through."""
-    model = timm.create_model(name, num_classes=7)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL)
 def test_fresh_adapters_change_no_bit_and_eject_restores(name: str) -> None:
-    model = build(name).eval()
+    model = SMALL[name].build().eval()
     keys, modules = list(model.state_dict()), dict(model.named_modules())
-    x = images(model)
+    x = SMALL[name].images()
     with torch.no_grad():
         plain = model(x)
         assert nolora_vision.inject(model) is model
@@ -57,12 +50,12 @@ def test_fresh_adapters_change_no_bit_and_eject_restores(name: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL)
 def test_every_adapter_gets_a_gradient(name: str) -> None:
-    model = nolora_vision.inject(build(name))
+    model = nolora_vision.inject(SMALL[name].build())
     randomise(model)
     model.eval()
-    model(images(model)).square().sum().backward()
+    model(SMALL[name].images()).square().sum().backward()
     for path, layer in adapted_layers(model).items():
         assert layer.adapter.get_parameter("lora_A").grad.abs().sum() > 0, path
     trained = {n for n, p in model.named_parameters() if p.requires_grad and ".adapter." not in n}

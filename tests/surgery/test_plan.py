@@ -159,7 +159,7 @@ def test_q_and_v_of_unequal_fused_layers(name: str) -> None:
 
 
 HEADS = {"test_vit": "head", "deit_tiny_distilled_patch16_224": "head_dist", "levit_128s": "head"}
-HEADS["test_maxvit"] = "head.fc"
+HEADS["maxvit_nano_rw_256"] = "head.fc"
 
 
 @pytest.mark.parametrize(("name", "head"), HEADS.items())

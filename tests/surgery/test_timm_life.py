@@ -81,7 +81,7 @@ def test_layer_decay_groups_stay(family) -> None:
     if not hasattr(model, "no_weight_decay"):
         model.no_weight_decay = set
     before = groups(model)
-    assert groups(nolora_vision.inject(model)) == before and len(before) > 2
+    assert groups(nolora_vision.inject(model)) == before and len(before) > 1
     scales = {}
     for group in param_groups_layer_decay(model, layer_decay=0.5):
         scales |= {id(p): group["lr_scale"] for p in group["params"]}
@@ -124,12 +124,12 @@ def test_features_and_intermediates(family) -> None:
 
 
 def test_reset_classifier_then_eject(family) -> None:
-    model, x = randomise(nolora_vision.inject(family.build())).eval(), family.images()
+    model, x = randomise(nolora_vision.inject(family.build())).eval(), family.images(2)
     model.reset_classifier(5)
-    assert model(x).shape == (1, 5) and adapted_layers(model)
+    assert model(x).shape == (2, 5) and adapted_layers(model)
     assert all(p.requires_grad for p in nolora_vision.head_parameters(model))
     nolora_vision.eject(model)
-    assert model(x).shape == (1, 5) and not adapted_layers(model)
+    assert model(x).shape == (2, 5) and not adapted_layers(model)
     assert all(p.requires_grad for p in model.parameters())
 
 
