@@ -18,7 +18,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	@echo "Installing into $(VENV) (about 5 GB, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.installed
