@@ -1,4 +1,4 @@
-"""The documents name what exists: links, headings, files and modules."""
+"""The documents and the headers of configs name what exists: links, headings, files and modules."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(
-    path for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md")) if not path.parent.name.startswith(".")
-)
+MARKDOWN = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md")) if not path.parent.name.startswith(".")]
+DOCUMENTS = sorted([*MARKDOWN, *ROOT.glob("configs/**/*.yaml")])
 
 
 def problems(document: Path, text: str) -> list[str]:

@@ -194,7 +194,7 @@ class _AutocastOff:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, owned: bool = True) -> Tensor:
     """W x + b, the frozen layer's own bits: (M, E), under autocast, if it is on."""
-    if bias is None and x.is_contiguous():  # a plain product: of (..., D) it would be (..., E) and no view of (M, E)
+    if bias is None and x.is_contiguous():  # the same product as of (..., D), whose result is no view of (M, E)
         return F.linear(x.reshape(-1, x.shape[-1]), weight)
     y = F.linear(x, weight, bias)
     return _owner(y) if owned else y.reshape(-1, y.shape[-1])
