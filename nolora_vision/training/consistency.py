@@ -30,6 +30,8 @@ class Batch(NamedTuple):
     rows: Tensor | None
     """(B,) indices into the data set, if the loader yields them."""
     epoch: int
+    weight: float = 1.0
+    """Of its loss in the update."""
 
 
 class Outcome(NamedTuple):

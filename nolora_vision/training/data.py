@@ -91,10 +91,16 @@ def load_data(
             raise RunError(f"The {split} split of {name} is empty. Check the dataset, or choose another --val-split.")
     about = {**about, "warnings": _checked(chosen, name, check_shared), "skipped_images": skipped}
     file = describe_splits(about["id"], chosen, notes)
-    train = chosen["train"] if train_on == "train" else both(chosen["train"], chosen["val"])
     held_out, names = train_on == "train", tables["train"].class_names
+    train, notes = (chosen["train"], notes) if held_out else _with_validation(chosen, notes)
     about = {**about, **_facts(tables, train, chosen), "splits": notes, "val_held_out": held_out}
     return ImageData(train, chosen["val"], chosen["test"], names, about, file, held_out)
+
+
+def _with_validation(chosen: Mapping[str, Split], notes: Mapping[str, str]) -> tuple[Split, dict[str, str]]:
+    """Training and validation images to train on, and in words what they are."""
+    also = f"{notes['train']}, and all {len(chosen['val']):,} validation images"
+    return both(chosen["train"], chosen["val"]), {**notes, "train": also}
 
 
 def _checked(chosen: Mapping[str, Split], name: str, check_shared: str) -> list[str]:

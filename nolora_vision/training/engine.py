@@ -20,7 +20,7 @@ from nolora_vision.training.errors import RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.health import Guard, collapsed
 from nolora_vision.training.lost_loaders import awaited
-from nolora_vision.training.order import number_of, start_epoch
+from nolora_vision.training.order import number_of, start_epoch, weight_in_update
 from nolora_vision.training.processes import processes
 from nolora_vision.training.sharded import split_like, whole
 from nolora_vision.training.tally import Tally
@@ -164,8 +164,7 @@ def fit(
         checkpointer: who saves the state of training.
 
     Raises:
-        NotFiniteError: if the loss or the gradient of a step is not finite.
-        RunError: if float16 cannot hold the gradient.
+        RunError: if float16 cannot hold the gradient; NotFiniteError, if a loss or a gradient is not finite.
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     judged, source = (model, bare) if ema is None else (ema.module, ema.module)
@@ -174,12 +173,13 @@ def fit(
     for epoch in range(result.epochs, epochs):
         set_training_mode(model)
         tally, sums = Tally(progress, epoch=epoch, processes=accelerator.num_processes, sums=sums), {}
-        start_epoch(train, epoch, skip=tally.images)
-        progress.start_epoch(epoch, epochs, len(train))  # type: ignore[arg-type]
+        result.batches = start_epoch(train, epoch, skip=tally.images)
+        progress.start_epoch(epoch, epochs, batches := len(train))  # type: ignore[arg-type]
         with guard.naming(objective, result):
-            for images, labels, *rows in awaited(train) if result.batches < len(train) else ():  # type: ignore[arg-type]
+            for images, labels, *rows in awaited(train) if result.batches < batches else ():
                 mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
-                batch = Batch(mixed, targets, rows[0] if rows else None, epoch)
+                weight = weight_in_update(result.batches, batches, accelerator.gradient_accumulation_steps)
+                batch = Batch(mixed, targets, rows[0] if rows else None, epoch, weight)
                 outcome, norm = take_step(model, optimizer, objective, batch, guard=guard, accelerator=accelerator)
                 tally.add(outcome, labels, optimizer, norm)
                 result.batches += 1
@@ -216,7 +216,7 @@ def take_step(
     """Forward, backward and, unless gradients are still being added up, an update; with the norm of its gradient."""
     with accelerator.accumulate(model):
         outcome = objective(model, batch)
-        accelerator.backward(outcome.loss)
+        accelerator.backward(outcome.loss * batch.weight)  # which it divides by the batches of a full update
         norm = guard.before_update(batch)
         optimizer.step()
         optimizer.zero_grad()

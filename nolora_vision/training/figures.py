@@ -36,7 +36,7 @@ def learning_curve(path: Path, history: Sequence[Mapping[str, float]], *, best_e
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
@@ -69,9 +69,10 @@ def confusion_matrix(
                     color="white" if shares[i, j] > 50 else "black",
                 )
     size = 9 if n <= 40 else 5
-    axis.set_xticks(range(n), class_names, rotation=90, fontsize=size)
-    axis.set_yticks(range(n), class_names, fontsize=size)
-    axis.set(xlabel="predicted", ylabel="true", title=title)
+    axis.set_xticks(range(n), class_names, rotation=90, fontsize=size, parse_math=False)  # a $ in a name is a $
+    axis.set_yticks(range(n), class_names, fontsize=size, parse_math=False)
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_title(title, parse_math=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
@@ -104,7 +105,7 @@ def method_comparison(path: Path, results: Sequence[Mapping[str, Any]], *, title
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
@@ -136,7 +137,7 @@ def speed_ratios(path: Path, tables: Sequence[Mapping[str, Any]], *, title: str)
         axis.set_title(f"{table['part']}, {table['subject']}, {table['dtype']}", fontsize=10)
         axis.tick_params(labelsize=8)
     figure.supxlabel("time / time of the frozen model")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True

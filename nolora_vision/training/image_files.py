@@ -31,7 +31,8 @@ def image_folder(path: Path, test_split: str | None = None) -> dict[str, Table]:
 
     children = {child.name: child for child in sorted(path.iterdir()) if child.is_dir()}
     folders = {"train": path}
-    if any(role_of(name) for name in children):
+    named = {name for name in children if role_of(name)}
+    if named and (named == set(children) or any(_has_folders(children[name]) for name in named)):
         roles = choose_splits(children, str(path), test_split)
         folders = {role: children[name] for role, name in roles.items()}
     elif test_split is not None:
@@ -52,6 +53,11 @@ def image_folder(path: Path, test_split: str | None = None) -> dict[str, Table]:
             samples, classes = _renumbered(samples, classes, names, folder), names
         tables[role] = files_table(samples, classes, name)
     return tables
+
+
+def _has_folders(path: Path) -> bool:
+    """Whether it may be a split: a class, such as train beside bus and car, has files alone."""
+    return any(child.is_dir() for child in path.iterdir())
 
 
 def _renumbered(

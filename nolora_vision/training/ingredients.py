@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nolora_vision.training.backbone import build_model, data_config
 from nolora_vision.training.consistency import Every, Objective, Plain, Previous, Twice
 from nolora_vision.training.data import ImageData, MakeCache, Split, cache_need, load_data, make_loader
+from nolora_vision.training.errors import RunError
 from nolora_vision.training.image_cache import ImageCache, cache_budget
 from nolora_vision.training.run_config import RunConfig
 
@@ -113,6 +114,25 @@ def run_loaders(
     return train, *loaders
 
 
+def refuse_few_images(config: RunConfig, images: int, processes: int) -> None:
+    """Refuse to train on fewer images than a step takes, where that cannot be one smaller batch.
+
+    Raises:
+        RunError: if several processes would have to share it, or it cannot be mixed with itself.
+    """
+    if images < processes * config.batch_size and processes > 1:
+        fits = f"Choose --batch-size {images // processes}, or" if images >= processes else "Choose"
+        raise RunError(
+            f"A step takes {config.batch_size} images in each of {processes} processes, and there are {images} to "
+            f"train on. {fits} fewer processes."
+        )
+    if (config.mixup or config.cutmix) and images < config.batch_size and images % 2:
+        raise RunError(
+            f"The {images} training images make one batch, and mixup and cutmix mix an even number. Choose "
+            f"--batch-size {max(2, images - 1)}, which leaves one out in each epoch."
+        )
+
+
 def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, *, batches: int) -> Any:
     """timm's schedule over optimizer steps.
 
@@ -126,6 +146,8 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, *, batch
         warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
         warmup_lr=0.0,
         min_lr=config.min_lr,
+        decay_epochs=config.epochs / 3 if config.decay_epochs is None else config.decay_epochs,
+        decay_rate=1.0 if config.sched == "poly" else config.decay_rate,  # there timm takes it for the power
         step_on_epochs=False,
         updates_per_epoch=max(1, -(-batches // config.grad_accum_steps)),
     )

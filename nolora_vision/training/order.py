@@ -66,8 +66,11 @@ def drawing_from(seed: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def start_epoch(batches: Any, epoch: int, *, skip: int = 0) -> None:
+def start_epoch(batches: Any, epoch: int, *, skip: int = 0) -> int:
     """Tell a loader, accelerate's or torch's, which epoch comes next, if it wants to know.
+
+    Returns:
+        How many of its batches those images are that were seen; their size may have been another one then.
 
     Args:
         skip: images of it that were seen before the run was stopped, by all processes.
@@ -78,7 +81,19 @@ def start_epoch(batches: Any, epoch: int, *, skip: int = 0) -> None:
     for owner in (batches, getattr(batches, "sampler", None)):
         if owner is not None and hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
-            return
+            break
+    return -(-skip // (getattr(batches, "total_batch_size", None) or batches.batch_size)) if skip else 0
+
+
+def weight_in_update(batch: int, batches: int, steps: int) -> float:
+    """What a batch counts beside those of a full update: the last update of an epoch may have fewer of them.
+
+    Args:
+        batch: counted from 0.
+        batches: of the epoch.
+        steps: batches of an update.
+    """
+    return steps / min(steps, batches - batch // steps * steps)
 
 
 def _order_of(batches: Any) -> SeededOrder | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +20,7 @@ from torch import nn
 from nolora_vision import save_adapter, summary
 from nolora_vision.adapters.checkpoint import adapter_bytes
 from nolora_vision.training import figures
-from nolora_vision.training.checkpoints import has_checkpoint
+from nolora_vision.training.checkpoints import has_checkpoint, remove_checkpoints
 from nolora_vision.training.config_file import as_plain, dump_run_config
 from nolora_vision.training.data import ImageData
 from nolora_vision.training.engine import Evaluation, restore
@@ -31,6 +33,11 @@ from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.sharded import is_sharded
 
 FAILURE = "failure.json"
+TEST_FIELDS = (
+    *("dataset", "splits", "test_split", "max_eval_samples", "vtab_root", "image_key", "label_key", "revision"),
+    *("on_bad_image", "amp_dtype"),
+)
+"""Fields of RunConfig that a test of the adapter must be told again; the rest lies in the adapter."""
 MOST_SHOWN = 10
 """Images left out that the terminal names."""
 
@@ -79,7 +86,8 @@ def make_record(
     test: Evaluation | None,
     *,
     name: str,
-    seconds: float,
+    started: float,
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that the run says of itself; units are in the names, rates count validation apart."""
     counts = summary(model)
@@ -101,7 +109,7 @@ def make_record(
             **({"val_top1_percent": result.best_val_top1_percent} if data.val_held_out else {}),
             "best_epoch": result.best_epoch,
             "train_seconds": result.train_seconds,
-            "total_seconds": seconds,
+            "total_seconds": time.perf_counter() - started,
             "train_images_per_s": result.images_per_s,
             "train_forward_images": result.forward_images,
             "adapter_bytes": adapter_bytes(model),
@@ -116,6 +124,7 @@ def make_record(
         "config": as_plain(asdict(config)),
         **({"warnings": result.warnings} if result.warnings else {}),
         **({"resumed_at_updates": result.resumed_at} if result.resumed_at else {}),
+        **({"config_changes": list(changes)} if changes else {}),
         "environment": environment(),
     }
 
@@ -129,11 +138,12 @@ def save_outputs(
     result: Fit,
     test: Evaluation,
 ) -> None:
-    """Adapter, history, pictures and, when all of them are there, the record."""
+    """Adapter, history, when they are there the record, then the pictures; the checkpoints go."""
     (folder / FAILURE).unlink(missing_ok=True)
     save_trained(folder, record["config"], data, images, model, metrics=record["metrics"])
     write_atomic(folder / "summary.csv", history_csv(result.history))
     write_atomic(folder / "splits.json", json.dumps(data.split_file, indent=2, ensure_ascii=False) + "\n")
+    write_record(folder / "record.json", dict(record))
     title = f"{record['method']}, {record['model']}, {record['dataset']['id']}"
     drawn = figures.learning_curve(
         folder / "learning_curve.png", result.history, best_epoch=result.best_epoch, title=title
@@ -143,7 +153,7 @@ def save_outputs(
     )
     if not drawn:
         print("No pictures: pip install 'nolora-vision[plots]' for matplotlib.")
-    write_record(folder / "record.json", dict(record))
+    remove_checkpoints(folder)
 
 
 def save_trained(
@@ -232,7 +242,8 @@ def save_failure(
 def history_csv(history: Sequence[Mapping[str, float]]) -> str:
     """One line for each epoch; validation is empty where there was none."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(history[-1]), restval="", lineterminator="\n")
+    names = list(dict.fromkeys(name for row in sorted(history, key=len, reverse=True) for name in row))
+    writer = csv.DictWriter(stream, fieldnames=names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     return stream.getvalue()
@@ -253,7 +264,7 @@ def show(record: Mapping[str, Any], folder: Path) -> None:
     print_table(f"{record['method']} · {record['model']} · {record['dataset']['id']}", rows)
     print(f"{folder}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in folder.iterdir()))}")
     print(f"Use it: nolora-vision predict {folder / 'adapter'} IMAGES…")
-    print(f"Test it again: python train.py --eval-only --adapter {folder / 'adapter'} --dataset {_dataset_of(record)}")
+    print(f"Test it again: python train.py --eval-only --adapter {folder / 'adapter'} {_same_images(record['config'])}")
 
 
 def _validation(record: Mapping[str, Any]) -> str:
@@ -263,5 +274,8 @@ def _validation(record: Mapping[str, Any]) -> str:
     return f"{metrics['val_top1_percent']:.2f} % (epoch {metrics['best_epoch']}, the one tested)"
 
 
-def _dataset_of(record: Mapping[str, Any]) -> str:
-    return str(record["config"]["dataset"])
+def _same_images(config: Mapping[str, Any]) -> str:
+    """The flags that choose the images of the test, and how they are looked at and computed."""
+    usual = as_plain(asdict(RunConfig()))
+    given = {name: config[name] for name in TEST_FIELDS if name == "dataset" or config[name] != usual[name]}
+    return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items())

@@ -34,10 +34,15 @@ def prepare(config: RunConfig, model: nn.Module, loaders: tuple[Any, Any, Any], 
     groups = param_groups(model, lr=config.lr or 0.0, head_lr=config.head_lr, weight_decay=config.weight_decay)
     optimizer = make_optimizer(config, groups)
     scheduler = make_scheduler(config, optimizer, batches=len(loaders[0]) // accelerator.num_processes)
-    ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
+    ema = average_of(config, model.to(accelerator.device)) if config.model_ema else None
     runnable = torch.compile(model) if config.torchcompile else model
     runnable, optimizer, train, val, test = accelerator.prepare(runnable, optimizer, *loaders)
     return Prepared(runnable, optimizer, scheduler, train, val, test, ema)
+
+
+def average_of(config: RunConfig, model: nn.Module) -> ModelEmaV3:
+    """A moving average of the weights, where the model is now."""
+    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
 
 
 def make_optimizer(config: RunConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -13,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 PACKAGES = ("nolora-vision", "torch", "torchvision", "timm", "datasets", "accelerate", "safetensors")
@@ -51,9 +51,7 @@ def peak_memory() -> dict[str, Any]:
     """Peak memory so far, and of what: allocated on the GPU, or resident in this process (loader workers apart)."""
     if torch.cuda.is_available():
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_memory_of": "CUDA, allocated"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_memory_bytes": peak, "peak_memory_of": "process, resident"}
+    return {"peak_memory_bytes": _most_resident(), "peak_memory_of": "process, resident"}
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -70,6 +68,16 @@ def write_atomic(path: Path, text: str) -> None:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON, atomically."""
     write_atomic(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _most_resident() -> int:
+    """Bytes that this process has held at most."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        memory: Any = psutil.Process().memory_info()
+        return memory.peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _version(name: str) -> str | None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from nolora_vision.config import ConfigError
 from nolora_vision.training.checkpoints import has_checkpoint
-from nolora_vision.training.config_file import as_plain, load_run_config
+from nolora_vision.training.config_file import as_plain, dump_run_config, load_run_config
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.neutral import NEUTRAL
+from nolora_vision.training.record import write_atomic
 from nolora_vision.training.run_config import RunConfig
 
-ARGS, RECORD = "args.yaml", "record.json"
+ARGS, RECORD, CHANGES = "args.yaml", "record.json", "changes.txt"
 
 
 def folder_to_resume(config: RunConfig) -> Path | None:
@@ -44,6 +45,21 @@ def finished_record(folder: Path) -> dict[str, Any] | None:
         return None
     print(f"{folder} is done already; its {RECORD} says how it went.")
     return {**json.loads((folder / RECORD).read_text(encoding="utf-8")), "folder": str(folder)}
+
+
+def adopt_changes(folder: Path, config: RunConfig) -> list[str]:
+    """Let the run go on with this config from now on, if it was begun with another one.
+
+    Returns:
+        A line for each field that was changed in this way, ever.
+    """
+    said = folder / CHANGES
+    lines = said.read_text(encoding="utf-8").splitlines() if said.exists() else []
+    if now := _differences(folder, config):
+        lines += now
+        write_atomic(said, "".join(f"{line}\n" for line in lines))
+        write_atomic(folder / ARGS, dump_run_config(replace(config, resume=None, resume_changed=False)))
+    return lines
 
 
 def _named(folder: Path, config: RunConfig) -> Path:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,19 +18,15 @@ from nolora_vision import (
     CheckpointError,
     ConfigError,
     InjectionError,
-    read_adapter_config,
 )
-from nolora_vision.adapters.hub import find_adapter
-from nolora_vision.methods import apply_method, load_trained
+from nolora_vision.methods import apply_method
 from nolora_vision.training import outputs
 from nolora_vision.training.backbone import (
     full_name,
     refuse_absent_weights,
     refuse_wrong_size,
-    set_compute,
     training_mode,
 )
-from nolora_vision.training.checkpoints import remove_checkpoints
 from nolora_vision.training.config_file import parse_run_config
 from nolora_vision.training.data import ImageData
 from nolora_vision.training.determinism import deterministic_algorithms
@@ -52,19 +47,19 @@ from nolora_vision.training.errors import Interrupted, RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.ingredients import (
     build_config_model,
-    compute_options,
     load_config_data,
-    loader,
     mixup_of,
     objective_of,
     preprocessing,
+    refuse_few_images,
     run_loaders,
 )
 from nolora_vision.training.lost_loaders import lost_worker_explained
 from nolora_vision.training.prepare import prepare
-from nolora_vision.training.processes import from_main_process, leave_processes, on_main_process
-from nolora_vision.training.progress import LiveProgress, Silence, print_table
-from nolora_vision.training.resume import finished_record, folder_to_resume
+from nolora_vision.training.processes import from_main_process, leave_processes, on_main_process, processes
+from nolora_vision.training.progress import LiveProgress, Silence
+from nolora_vision.training.resume import adopt_changes, finished_record, folder_to_resume
+from nolora_vision.training.retest import run_eval_only
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.sharded import is_sharded
 from nolora_vision.training.shelf import Shelf
@@ -140,15 +135,15 @@ def run(
     name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
     new = partial(outputs.make_folder, config, name, images["input_size"][-1])
     folder = old or from_main_process(new) if keep and score_test else None
+    changes = from_main_process(partial(adopt_changes, old, config)) if old is not None else []
     loaders = run_loaders(config, images, data, shelf and shelf.cache_for)
     options = {"score_test": score_test, "checkpoints": checkpoints and folder is not None}
     with deterministic_algorithms(config.deterministic), outputs.kept_on_failure(folder, config, data, images, model):
         result, test = train_and_test(config, data, loaders, model, folder, progress or LiveProgress(), **options)
     model = rebuilt(config, len(data.class_names), result) if is_sharded(model) else model
-    record = outputs.make_record(config, data, model, result, test, name=name, seconds=time.perf_counter() - started)
+    record = outputs.make_record(config, data, model, result, test, name=name, started=started, changes=changes)
     if folder is not None and test is not None and on_main_process():
         outputs.save_outputs(folder, record, data, images, model, result, test)
-        remove_checkpoints(folder)
         if progress is None:
             outputs.show(record, folder)
     return {**record, "folder": folder and str(folder), "history": result.history}
@@ -167,6 +162,7 @@ def load(config: RunConfig, shelf: Shelf | None, *, quiet: bool) -> tuple[ImageD
     data = shelf.data(config) if shelf else load_config_data(config)
     if not quiet and on_main_process():
         outputs.warn(data, slow_precision(config.amp_dtype))
+    refuse_few_images(config, len(data.train), processes().num_processes)
     return data, (shelf.model if shelf else build_config_model)(config, len(data.class_names))
 
 
@@ -251,41 +247,3 @@ def make_checkpointer(config: RunConfig, folder: Path, snapshot: Snapshot, stop:
         minutes=config.checkpoint_minutes,
         keep=config.keep_checkpoints,
     )
-
-
-def run_eval_only(config: RunConfig) -> dict[str, Any]:
-    """Score a saved adapter on the test split, on the model and at the image size that it was trained with."""
-    assert config.adapter_dir is not None
-    directory = find_adapter(config.adapter_dir if config.adapter_dir.exists() else str(config.adapter_dir))
-    saved = read_adapter_config(directory)
-    data = load_config_data(replace(config, check_shared="never"))  # nothing is trained on
-    if saved["num_classes"] != len(data.class_names):
-        got = len(data.class_names)
-        raise RunError(f"The adapter knows {saved['num_classes']} classes, {config.dataset} has {got}.")
-    _refuse_lost_backbone(saved)
-    config = config.for_adapter(saved)
-    model = load_trained(build_config_model(config, saved["num_classes"]), directory)
-    accelerator = make_accelerator(config.amp_dtype)
-    set_compute(model, accelerator.device.type, **compute_options(config))
-    images = preprocessing(config, model, saved["preprocessing"])
-    batches = loader(config, images, data.test, training=False)
-    scores = evaluate(*accelerator.prepare(model, batches), accelerator=accelerator)
-    name = full_name(model, pretrained=config.pretrained, pretrained_path=config.pretrained_path)
-    rows = [
-        ("test top-1", f"{scores.top1_percent:.2f} %"),
-        ("test top-5", f"{scores.top5_percent:.2f} %"),
-        ("images", f"{len(data.test):,} in {scores.seconds:.0f} s"),
-    ]
-    if on_main_process():
-        print_table(f"{name} · {config.dataset}", rows)
-    return {"model": name, "test_top1_percent": scores.top1_percent, "dataset": dict(data.about)}
-
-
-def _refuse_lost_backbone(saved: Mapping[str, Any]) -> None:
-    """An adapter is only worth something on the frozen weights that it was trained on."""
-    facts = saved["metadata"]
-    if not facts.get("pretrained", True) and facts.get("method") != "full":
-        raise RunError(
-            "This adapter was trained on a frozen backbone of random weights (--no-pretrained), which no file holds, "
-            "so it cannot be tested again."
-        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from nolora_vision.adapters.model_kwargs import REFUSED_KWARGS
 from nolora_vision.config import Problem, shown
@@ -41,12 +42,32 @@ def is_file_name(name: str) -> bool:
     return plain and bool(name.strip()) and len(name.encode()) <= LONGEST_NAME
 
 
+def _usual(config: RunConfig, name: str) -> Any:
+    """The default of a field."""
+    return next(field.default for field in fields(config) if field.name == name)
+
+
+def _idle(config: RunConfig, names: Sequence[str], used: bool, by: str, *others: str) -> Iterator[Problem]:
+    """Fields that were given and do nothing.
+
+    Args:
+        used: whether what uses them is on.
+        by: what does.
+    """
+    for name in names:
+        if not used and getattr(config, name) != _usual(config, name):
+            yield Problem(f"{name} is for {by}, which is not on: turn that on, or leave {name} out.", name, *others)
+
+
 def _method_problems(config: RunConfig) -> Iterator[Problem]:
     for text in method_problems(config.method, config.method_options):
         yield Problem(text, *(("method", "method_options") if text.startswith("method_options") else ("method",)))
-    if config.method in METHODS and METHODS[config.method].group in ("peft", "own module"):
+    if config.method in METHODS and METHODS[config.method].group != "ours":
         for name, text in setting_problems(config.method, config.adapter):
             yield Problem(text, "method", f"adapter.{name}")
+    if config.method == "linear" and config.lr not in (None, METHODS["linear"].lr):
+        text = f"linear trains the classifier alone, at head_lr, so lr {config.lr:g} does nothing: give head_lr."
+        yield Problem(text, "lr", "method")
 
 
 def _timm_problems(config: RunConfig) -> Iterator[Problem]:
@@ -83,6 +104,10 @@ def _schedule_problems(config: RunConfig) -> Iterator[Problem]:
     if config.warmup_epochs > config.epochs:
         text = f"warmup_epochs ({config.warmup_epochs:g}) is longer than epochs ({config.epochs})."
         yield Problem(text, "warmup_epochs", "epochs")
+    if config.sched == "step" and config.min_lr:
+        yield Problem(f"min_lr ({config.min_lr:g}) does nothing for sched step: leave it out.", "min_lr", "sched")
+    yield from _idle(config, ("decay_epochs", "decay_rate"), config.sched == "step", "sched step", "sched")
+    yield from _idle(config, ("model_ema_decay", "model_ema_warmup"), config.model_ema, "model_ema", "model_ema")
     own = METHODS[config.method].lr if config.method in METHODS else None
     lr = own if config.lr is None else config.lr
     for name, rate in (("lr", lr), ("head_lr", lr if config.head_lr is None else config.head_lr)):
@@ -97,6 +122,8 @@ def _split_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"{' and '.join(draws)} each choose the training images: give one of them.", *draws)
     if config.max_eval_samples is not None:
         draws.append("max_eval_samples")
+    if config.val_split != _usual(config, "val_split"):
+        draws.append("val_split")
     if config.splits is not None and draws:
         text = f"splits says which images to take, so {' and '.join(draws)} can't: give --splits or that."
         yield Problem(text, "splits", *draws)
@@ -132,8 +159,13 @@ def _augmentation_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _consistency_problems(config: RunConfig) -> Iterator[Problem]:
     mode, method = config.consistency_in_use, config.method
+    for field, use in (("consistency_fraction", "part"), ("consistency_every", "every")):
+        yield from _idle(config, (field,), mode == use, f"consistency_mode {use}", "consistency_mode")
     if mode is None:
         return
+    if mode == "previous" and config.epochs == 1:
+        text = "consistency_mode previous compares with the epoch before, and epochs is 1: take more, or another mode."
+        yield Problem(text, "consistency_mode", "epochs")
     about = ("consistency" if config.consistency_mode is None else "consistency_mode", "method")
     if mode == "previous" and not config.no_aug:  # each epoch looks at another crop of the image
         same = False

@@ -65,18 +65,22 @@ class RunConfig:
     opt: Text = "adamw"
     """Optimizer, by its timm name."""
     lr: Amount | None = None
-    """Peak learning rate of the adapters, or of what trains of the backbone; None takes the method's: 2e-3, 1e-3 with
-    bitfit and layernorm, 1e-4 with full."""
+    """Peak learning rate of the adapters, or of what trains of the backbone, of which linear trains nothing; None takes
+    the method's, which is 2e-3 for LoRA and ours and 1e-4 for full."""
     head_lr: Amount | None = 3e-3
     """Peak learning rate of the classifier; None takes lr."""
     weight_decay: Amount = 1e-4
     """Weight decay of matrices; v, θ, biases and norms have none."""
-    sched: Literal["cosine", "tanh", "step", "multistep", "poly"] = "cosine"
-    """timm's learning-rate schedule."""
+    sched: Literal["cosine", "tanh", "step", "poly"] = "cosine"
+    """timm's learning-rate schedule; poly is a straight line."""
+    decay_epochs: Positive | None = None
+    """Epochs between the drops of step; None is a third of them."""
+    decay_rate: Positive = 0.1
+    """Factor of each drop of step."""
     warmup_epochs: Amount = 0.5
     """Length of the linear warm-up."""
     min_lr: Amount = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end; step has none."""
     clip_grad: Positive | None = 1.0
     """Largest norm of the gradient; None does not clip."""
     smoothing: ShareBelowOne = 0.0
@@ -104,7 +108,9 @@ class RunConfig:
     model_ema: bool = False
     """Also keep a moving average of the trained weights, and evaluate that."""
     model_ema_decay: ShareBelowOne = 0.999
-    """Decay of that average for each step."""
+    """Decay of that average for each step: it reaches back some 1 / (1 − decay) steps."""
+    model_ema_warmup: bool = False
+    """Begin with a small decay, which rises with the steps: for runs of less than some thousand of them."""
 
     scale: tuple[ShareAboveZero, ShareAboveZero] = (0.5, 1.0)
     """Area of the random crop of training images, as fractions of the image."""

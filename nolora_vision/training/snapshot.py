@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from nolora_vision.training.errors import RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.processes import gather_objects
 from nolora_vision.training.sharded import split_like, whole
+from nolora_vision.training.state_parts import put_together, take_apart
 
 Tensors = dict[str, Tensor]
 
@@ -52,15 +54,11 @@ class Snapshot:
         Args:
             sums: of the epoch so far, of this process.
         """
-        optimizer = self.optimizer.state_dict()
         tensors = {f"model/{name}": value for name, value in trained_copy(self.model, self.model).items()}
         tensors |= {f"best/{name}": value for name, value in fit.best_state.items()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in trained_copy(self.model, self.ema.module).items()}
-        numbers: dict[str, Any] = {}
-        for index, state in optimizer["state"].items():
-            for name, value in state.items():
-                (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{index}/{name}"] = value
+        optimizer = take_apart(self.optimizer.state_dict(), "optimizer", tensors)
         processes = gather_objects({"random": random_state(), "objective": self.objective.state(), "sums": dict(sums)})
         for i, process in enumerate(processes):
             for kind in ("random", "objective"):
@@ -70,7 +68,7 @@ class Snapshot:
         scaler = self.accelerator.scaler
         facts = {
             "fit": fit.facts(),
-            "optimizer": {"groups": optimizer["param_groups"], "numbers": numbers},
+            "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
             "processes": processes,
         }
@@ -88,7 +86,7 @@ class Snapshot:
         restore(self.model, _under(tensors, "model/"))
         if self.ema is not None:
             restore(self.ema.module, _under(tensors, "ema/"))
-        self.optimizer.load_state_dict(self._optimizer_state(tensors, facts["optimizer"]))
+        self.optimizer.load_state_dict(put_together(facts["optimizer"], partial(self._of_optimizer, tensors)))
         if self.accelerator.scaler is not None and facts["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         own, place = facts["processes"][self.accelerator.process_index], f"process/{self.accelerator.process_index}/"
@@ -98,18 +96,13 @@ class Snapshot:
         set_random_state({**own["random"], **_under(tensors, f"{place}random/")})
         return Fit.of(facts["fit"], _under(tensors, "best/")), own["sums"]
 
-    def _optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
-        state: dict[int, dict[str, Any]] = {}
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for key, value in {**_under(tensors, "optimizer/"), **_under(facts["numbers"], "optimizer/")}.items():
-            index, name = key.split("/", 1)
-            p = trained[int(index)]
-            like_p = isinstance(value, Tensor) and value.shape == p.shape
-            state.setdefault(int(index), {})[name] = split_like(value, p) if like_p else value
-        groups = [dict(group) for group in facts["groups"]]
-        for group, now in zip(groups, self.optimizer.param_groups, strict=True):  # JSON knows no tuples
-            group |= {name: tuple(v) for name, v in group.items() if isinstance(now.get(name), tuple)}
-        return {"state": state, "param_groups": groups}
+    def _of_optimizer(self, tensors: Mapping[str, Tensor], place: str) -> Tensor:
+        """A tensor of the optimizer's state; one that is as large as its parameter is split as that is."""
+        value, (_, of, index, *_) = tensors[place], place.split("/")
+        if of != "state":
+            return value
+        p = [p for group in self.optimizer.param_groups for p in group["params"]][int(index)]
+        return split_like(value, p) if value.shape == p.shape else value
 
 
 def random_state() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from nolora_vision.training.errors import RunError
@@ -11,6 +12,11 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "val": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+
+
+def holds_validation(name: str) -> bool:
+    """Whether a training split of this name has the validation images, too: trainval, train_val-2017."""
+    return re.sub(r"[-_ ]", "", name.lower()).startswith("trainval")
 
 
 def role_of(name: str) -> str | None:
@@ -24,7 +30,8 @@ def role_of(name: str) -> str | None:
 def choose_splits(names: Iterable[str], where: str, test_split: str | None = None) -> dict[str, str]:
     """The name of the split for each role that has one: train, val, test.
 
-    Where a dataset has both `train` and `trainval`, which holds the validation images too, it is the former.
+    A name that is one word comes before longer ones, test before test_small. Where a dataset has both `train` and
+    `trainval`, which holds the validation images too, it is the former.
 
     Args:
         where: the dataset, for messages.
@@ -35,12 +42,13 @@ def choose_splits(names: Iterable[str], where: str, test_split: str | None = Non
     """
     known = list(names)
     roles: dict[str, str] = {}
-    for name in sorted(known, key=lambda name: name.lower().startswith("trainval")):
+    exact = {name for names in SPLIT_NAMES.values() for name in names}
+    for name in sorted(known, key=lambda name: (holds_validation(name), name.lower() not in exact)):
         if role := role_of(name):
             roles.setdefault(role, name)
     if "train" not in roles:
         raise RunError(f"{where} has no training split; it has {', '.join(known) or 'none'}.")
-    if roles["train"].lower().startswith("trainval"):
+    if holds_validation(roles["train"]):
         roles.pop("val", None)
     if test_split is None:
         return roles

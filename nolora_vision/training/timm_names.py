@@ -42,12 +42,14 @@ def has_weights(name: str) -> bool:
 def optimizer_problem(name: str) -> str | None:
     """That timm has no such optimizer; one that only this machine lacks something for is known."""
     try:
-        create_optimizer_v2([nn.Parameter(torch.zeros(1, 1))], opt=name, lr=0.1)
+        made = create_optimizer_v2([nn.Parameter(torch.zeros(1, 1))], opt=name, lr=0.1)
     except ValueError as error:
         hint = did_you_mean(name, map(str, list_optimizers()))
         return f"opt must be the name of a timm optimizer, got {name!r} ({str(error).rstrip('.')}).{hint}"
     except Exception:  # such as a missing GPU: run.py says it, where the run is to be
         return None
+    if getattr(made, "is_second_order", False):
+        return f"opt {name!r} wants second derivatives of the loss, which training makes none of: choose another."
     return None
 
 

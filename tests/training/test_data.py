@@ -91,6 +91,24 @@ def test_image_folder(tmp_path: Path, split: bool) -> None:
     assert (len(data.train), len(data.val), len(data.test)) == ((40, 40, 40) if split else (28, 4, 8))
 
 
+@pytest.mark.parametrize("names", [("bus", "car", "train"), ("beaker", "test_tube")])
+def test_a_class_may_be_called_as_a_split_is(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            picture(i).save(tmp_path / name / f"{i}.png")
+    data = load_data(str(tmp_path))
+    assert data.class_names == names and len(data.train) + len(data.val) + len(data.test) == 20 * len(names)
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        picture(1).save(tmp_path / name / "1.png")
+    with pytest.raises(RunError, match="train is no image folder: wanted one sub-folder with images for each class"):
+        load_data(str(tmp_path))
+
+
 def test_string_labels_become_classes(tmp_path: Path) -> None:
     columns = {"image": [picture(i) for i in range(12)], "label": ["b", "a", "c"] * 4}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
@@ -193,6 +211,8 @@ def test_parts_of_each_class_and_the_final_run() -> None:
     final = load_data("digits", shots=3, seed=1, train_on="train_val")
     assert set(final.train.rows) == set(data.train.rows) | set(data.val.rows)
     assert not final.val_held_out and final.about["val_held_out"] is False and data.about["val_held_out"] is True
+    said = f"the dataset's own: 3 images of each class, seed 1, and all {len(data.val)} validation images"
+    assert final.about["splits"]["train"] == said
     assert final.split_file == data.split_file and final.about["train_images"] == 30 + len(data.val)
 
 

@@ -52,11 +52,12 @@ def test_evaluate_counts_each_sample_once() -> None:
     assert torch.equal(scores.predictions, logits.argmax(1)) and torch.equal(scores.labels, y)
 
 
-def test_accumulated_batches_are_one_large_batch() -> None:
+@pytest.mark.parametrize("images", [32, 20, 24, 8])
+def test_accumulated_batches_are_one_large_batch_however_many_an_epoch_ends_with(images: int) -> None:
     large = nn.Linear(4, 3)
     small = copy.deepcopy(large)
-    train(large, batches(24, 8))
-    train(small, batches(24, 4), accumulate=2)
+    train(large, batches(images, 16))
+    train(small, batches(images, 4), accumulate=4)
     torch.testing.assert_close(small.weight, large.weight)
 
 
@@ -90,6 +91,11 @@ def test_the_last_epoch_is_validated_however_seldom_others_are(every: int, valid
     assert result.best_epoch in validated
     first, *_, last = history_csv(result.history).splitlines()[1:]
     assert ",," in first and ",," not in last
+
+
+def test_a_history_that_ends_without_validation_has_its_columns() -> None:
+    first, second = {"epoch": 1, "val_loss": 2.0, "lr": 0.5}, {"epoch": 2, "lr": 0.1}
+    assert history_csv([second, first, second]).splitlines() == ["epoch,val_loss,lr", "2,,0.1", "1,2.0,0.5", "2,,0.1"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:

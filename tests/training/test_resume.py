@@ -15,7 +15,7 @@ from nolora_vision.adapters import whole_directory
 from nolora_vision.config import AdapterConfig
 from nolora_vision.training import engine
 from nolora_vision.training.checkpoints import read_newest
-from nolora_vision.training.config_file import dump_run_config
+from nolora_vision.training.config_file import dump_run_config, load_run_config
 from nolora_vision.training.errors import Interrupted, RunError
 from nolora_vision.training.progress import Silence
 from nolora_vision.training.run import main, run
@@ -213,7 +213,27 @@ def test_another_config_is_refused_field_by_field(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"(?s)epochs: 3 then, 4 now.*adapter\.rank: 8 then, 2 now.*--resume-changed"):
         run(other, progress=Silence(), checkpoints=True)
     longer = replace(config, epochs=4, resume_changed=True)
-    assert len(run(longer, progress=Silence(), checkpoints=True)["history"]) == 4
+    assert stopped(longer, 2) == folder
+    record = run(replace(longer, resume=str(folder), resume_changed=False), progress=Silence(), checkpoints=True)
+    assert len(record["history"]) == 4 and record["config_changes"] == ["epochs: 3 then, 4 now"]
+    assert load_run_config(folder / "args.yaml").epochs == 4
+
+
+def test_batches_of_another_size_begin_where_the_others_ended(tmp_path: Path) -> None:
+    config = replace(SMALL, output=tmp_path, experiment="run", resume="auto", epochs=1)
+    stopped(config, 2)
+    record = run(replace(config, batch_size=32, resume_changed=True), progress=Silence(), checkpoints=True)
+    assert record["metrics"]["train_forward_images"] == 64
+
+
+@pytest.mark.parametrize("name", ["lamb", "adafactorbv"])
+def test_optimizers_with_unusual_state_are_saved(name: str, tmp_path: Path) -> None:
+    config = replace(SMALL, output=tmp_path, opt=name, epochs=2)
+    whole = run(replace(config, experiment="whole"), progress=Silence(), checkpoints=True)
+    part = replace(config, experiment="part", resume="auto")
+    stopped(part, 3)
+    record = run(part, progress=Silence(), checkpoints=True)
+    assert left_by(Path(record["folder"])) == left_by(Path(whole["folder"]))
 
 
 def test_auto_finds_the_unfinished_run_of_this_config_and_else_starts_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nolora_vision import AdapterConfig, ConfigError
+from nolora_vision.methods.catalogue import METHODS
 from nolora_vision.training.config_file import dump_differences, dump_run_config, load_run_config, parse_run_config
 from nolora_vision.training.ingredients import make_scheduler
 from nolora_vision.training.kinds import kinds_of
@@ -127,7 +128,7 @@ def test_contradictions_about_the_images_are_named(values: dict, message: str) -
         ),
         ({"pretrained": False, "pretrained_path": "a.safetensors"}, "pretrained is off, which takes none: give one"),
         ({"opt": "adamv"}, "opt must be the name of a timm optimizer, got 'adamv'.*Did you mean 'adam"),
-        ({"sched": "plateau"}, "sched must be one of cosine, tanh, step, multistep, poly, got 'plateau'"),
+        ({"sched": "plateau"}, "sched must be one of cosine, tanh, step, poly, got 'plateau'"),
         ({"aa": "rnd-m9"}, "aa must be one of timm's policies, such as rand-m9-mstd0.5, got 'rnd-m9'"),
         ({"model_kwargs": {"num_classes": 3}}, "model_kwargs can't say num_classes: it has a field of its own, or"),
         ({"model_kwargs": {"img_size": 64}}, "model_kwargs can't say img_size"),
@@ -149,6 +150,18 @@ def test_contradictions_about_the_images_are_named(values: dict, message: str) -
             {"eval_only": True, "adapter_dir": "a", "resume": "b"},
             "resume goes on with training, and eval_only has none",
         ),
+        ({"min_lr": 1e-4, "sched": "step"}, r"min_lr \(0.0001\) does nothing for sched step"),
+        ({"decay_rate": 0.5}, "decay_rate is for sched step, which is not on"),
+        ({"model_ema_warmup": True}, "model_ema_warmup is for model_ema, which is not on"),
+        ({"consistency_every": 3}, "consistency_every is for consistency_mode every, which is not on"),
+        (
+            {"consistency_mode": "previous", "epochs": 1},
+            "consistency_mode previous compares with the epoch before, and epochs is 1",
+        ),
+        ({"method": "linear", "lr": 0.1}, "linear trains the classifier alone, at head_lr, so lr 0.1 does nothing"),
+        ({"method": "linear", "lr": None}, None),
+        ({"method": "full", "adapter": {"modulation_noise": 0.5}}, "full has no v, so modulation_noise 0.5 does"),
+        ({"opt": "adahessian"}, "opt 'adahessian' wants second derivatives"),
         ({"resume_changed": True}, "resume_changed is for --resume, which is not given"),
         ({"experiment": "é" * 101}, "experiment must be the name of a folder within output.* at most 200 bytes"),
     ],
@@ -160,6 +173,11 @@ def test_contradictions_and_names_that_nobody_knows(values: dict, message: str |
     with pytest.raises(ConfigError, match=message) as caught:
         RunConfig(**values)
     assert len(caught.value.problems) == 1
+
+
+def test_a_method_that_has_a_rate_of_its_own_stays_valid_with_it() -> None:
+    for method in METHODS:
+        assert RunConfig(method=method).resolved().resolved()
 
 
 def test_every_schedule_is_one_of_timm_and_steps_by_updates() -> None:

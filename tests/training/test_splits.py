@@ -83,6 +83,9 @@ def test_what_is_lacking_comes_from_the_training_rows() -> None:
         (("trainval", "val", "test"), None, {"train": "trainval", "test": "test"}),
         (("train", "test", "contrast"), "contrast", {"train": "train", "test": "contrast"}),
         (("train", "validation"), "val", {"train": "train", "test": "validation"}),
+        (("train_val", "train", "val", "test"), None, {"train": "train", "val": "val", "test": "test"}),
+        (("train-val", "val", "test"), None, {"train": "train-val", "test": "test"}),
+        (("train", "test_small", "test"), None, {"train": "train", "test": "test"}),
     ],
 )
 def test_splits_by_their_names(names: tuple[str, ...], test_split: str | None, roles: dict[str, str]) -> None:
