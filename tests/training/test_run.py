@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nolora_vision
+from nolora_vision.training import retest
 from nolora_vision.training import run as run_module
 from nolora_vision.training.config_file import load_run_config
 from nolora_vision.training.run import main
@@ -99,13 +100,13 @@ def test_a_saved_adapter_is_tested_with_its_own_crop(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless another one is asked for; digits have no crop of their own, timm's is the middle."""
-    real, seen = run_module.loader, []
+    real, seen = retest.loader, []
 
     def spy(config: RunConfig, images: dict, split: Any, **options: Any) -> Any:
         seen.append(images)
         return real(config, images, split, **options)
 
-    monkeypatch.setattr(run_module, "loader", spy)
+    monkeypatch.setattr(retest, "loader", spy)
     train(tmp_path, "--pretrained-path", str(backbone), "--crop-mode", "border", "--epochs", "1", base=SMALL)
     tested = ["--eval-only", "--adapter", str(tmp_path / "run" / "adapter"), "--dataset", "digits:5-9", "-j", "0"]
     assert main(tested) == 0 and main([*tested, "--crop-mode", "center"]) == 0
