@@ -167,6 +167,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        model.train(flags[model])  # some modules then forget what they computed in evaluation: LeViT's attention biases
         for module, training in flags.items():
             module.training = training
 

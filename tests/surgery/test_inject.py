@@ -98,6 +98,13 @@ def test_a_run_that_failed_half_way_proves_nothing() -> None:
         reach.prove_reach(model, {"layer": model.layer})
 
 
+def test_the_proof_leaves_nothing_that_was_computed_in_evaluation() -> None:
+    """LeViT keeps its attention biases in evaluation; those of the proof would be another state's when it comes to it."""
+    model = nolora_vision.inject(FAMILIES["levit"].build().train(), rank=2)
+    assert [m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache")] == [{}] * 5
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("name", ["test_vit", "coat_tiny"])  # CoaT's shared MLPs have two names each
 def test_the_proof_runs_on_meta_and_leaves_the_same_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "_forward_for_real", None)
