@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LEVEL = 0.95
+LEAST_PAIRS = 3
+"""Of fewer pairs nothing is concluded: two that happen to be nearly equal have a spread that says nothing."""
 ROUNDING = 1e-9
 """Differences up to this, in points, are ties, and a spread up to this is none: they come of floating point alone."""
 
@@ -66,8 +68,8 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the mean; None where the pairs allow none."""
-        return interval(self.pairs)
+        """95 % interval of the mean; None where the pairs are fewer than LEAST_PAIRS, or all equal."""
+        return self._interval(LEVEL)
 
     @property
     def outcomes(self) -> tuple[int, int, int]:
@@ -77,16 +79,19 @@ class Difference:
 
     def excludes_zero(self, comparisons: int = 1) -> bool:
         """Whether 0 is outside the interval, which Bonferroni's correction widens for so many comparisons."""
-        found = interval(self.pairs, 1 - (1 - LEVEL) / comparisons)
+        found = self._interval(1 - (1 - LEVEL) / comparisons)
         return found is not None and not found[0] <= 0 <= found[1]
+
+    def _interval(self, level: float) -> tuple[float, float] | None:
+        return interval(self.pairs, level) if len(self.pairs) >= LEAST_PAIRS else None
 
     @property
     def verdict(self) -> str:
         """What may be said: higher or lower only where the interval excludes 0."""
         if self.excludes_zero():
             return f"{'higher' if self.mean > 0 else 'lower'} by {abs(self.mean):.2f}"
-        if self.interval is None and len(self.pairs) < 2:
-            return "one seed allows no interval"
+        if len(self.pairs) < LEAST_PAIRS:
+            return f"{'one seed allows' if len(self.pairs) == 1 else 'two seeds allow'} no interval"
         if self.interval is None and abs(self.mean) > ROUNDING:
             return "equal for every seed, which allows no interval"
         return "no difference is shown"

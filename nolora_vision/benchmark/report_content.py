@@ -24,9 +24,10 @@ from nolora_vision.benchmark.results import Results, Run
 FEW = 12
 """Up to so many comparisons are written out at the top; of more there is a sentence for each method."""
 RULE = (
-    "Differences are paired by seed, with Student's 95 % interval over the seeds. “Higher” or “lower” stands only "
-    "where the interval excludes 0; otherwise no difference is shown, which is not the same as none. Learning rates "
-    "were chosen on validation images; parameters are counted without the head; ± is the standard deviation over seeds."
+    "Differences are paired by seed, with Student's 95 % interval over at least three seeds. “Higher” or “lower” "
+    "stands only where the interval excludes 0; otherwise no difference is shown, which is not the same as none. "
+    "Learning rates were chosen on validation images; parameters are counted without the head; ± is the standard "
+    "deviation over seeds."
 )
 
 
@@ -122,7 +123,7 @@ def summary(results: Results, comparisons: Sequence[Comparison], differences: Se
     if any(difference.interval for difference in differences):
         yield multiplicity(differences, "The report")
     elif differences:
-        yield "No comparison has the two differing seeds that an interval needs, so nothing can be said of differences."
+        yield "No comparison has the three differing seeds that an interval needs: nothing can be said of differences."
     else:
         yield f"Nothing is compared yet: no method has test results of the same seed and cell as {results.baseline}."
 

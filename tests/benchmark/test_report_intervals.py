@@ -5,6 +5,7 @@ import math
 import pytest
 
 from nolora_vision.benchmark.intervals import Difference, in_words, interval, paired, signed, t_cdf, t_quantile
+from nolora_vision.benchmark.report_tables import multiplicity
 
 
 @pytest.mark.parametrize("df", [*range(1, 31), 99, 500])
@@ -43,8 +44,9 @@ def test_differences_are_paired_by_seed() -> None:
     ((1.0, 1.1, 1.2), "+1.10 points (+0.85 to +1.35), 3 seeds: higher by 1.10"),
     ((-1.0, -1.1, -1.2), "−1.10 points (−1.35 to −0.85), 3 seeds: lower by 1.10"),
     ((5.0,), "+5.00 points, 1 seed: one seed allows no interval"),
-    ((0.5, 0.5), "+0.50 points, 2 seeds: equal for every seed, which allows no interval"),
-    ((0.0, 0.0), "0.00 points, 2 seeds: no difference is shown"),
+    ((5.0, 5.1), "+5.05 points, 2 seeds: two seeds allow no interval"),
+    ((0.5, 0.5, 0.5), "+0.50 points, 3 seeds: equal for every seed, which allows no interval"),
+    ((0.0, 0.0, 0.0), "0.00 points, 3 seeds: no difference is shown"),
 ])  # fmt: skip
 def test_higher_and_lower_are_said_only_where_the_interval_excludes_zero(pairs: tuple, said: str) -> None:
     assert in_words(Difference(pairs)) == said
@@ -53,6 +55,13 @@ def test_higher_and_lower_are_said_only_where_the_interval_excludes_zero(pairs: 
 def test_bonferroni_widens_the_interval() -> None:
     difference = Difference((1.0, 1.1, 1.2))
     assert difference.excludes_zero() and difference.excludes_zero(10) and not difference.excludes_zero(1000)
+
+
+def test_two_pairs_conclude_nothing() -> None:
+    """By the interval of two values, 4.41 to 5.69, the method would be higher."""
+    two, three = Difference((5.0, 5.1)), Difference((5.0, 5.1, 5.2))
+    assert interval(two.pairs) and two.interval is None and not two.excludes_zero()
+    assert three.excludes_zero() and "makes 1 comparison at" in multiplicity([two, three], "It")
 
 
 def test_signs() -> None:
