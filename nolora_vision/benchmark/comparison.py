@@ -5,29 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from nolora_vision.benchmark.intervals import Difference, paired
 from nolora_vision.benchmark.published import dataset_title
-from nolora_vision.benchmark.results import ELSEWHERE, Axes, Results, Run
-from nolora_vision.training.neutral import NEUTRAL
+from nolora_vision.benchmark.results import Results, Run
+from nolora_vision.benchmark.settings import ELSEWHERE, OF_THE_MACHINE, OF_THE_METHOD, Axes, own_fields
 
 RANK = "adapter.rank"
 TRAIN_SIZE = ("max_train_samples", "shots", "train_fraction")
 """Axes that say how many images are trained on."""
-OF_THE_METHOD = (
-    *("method", "peft", "noise", "opt_kwargs"),
-    *("consistency", "consistency_mode", "consistency_fraction", "consistency_every"),
-)
-"""Fields of a run's config that are the method itself; all that begins with adapter is, too."""
-OF_THE_MACHINE = (
-    *NEUTRAL,
-    *("eval_only", "adapter_dir", "seed", "pretrained_path", "frozen_dtype", "fused_attn", "torchcompile"),
-)
-"""Fields that change no result but by rounding, or that differ between seeds by design."""
 
 
 @dataclass(frozen=True, order=True)
@@ -149,27 +139,31 @@ def compare(results: Results) -> tuple[list[Comparison], list[str]]:
 
 def method_order(results: Results) -> list[str]:
     """Labels: the baseline, then in the sweeps' order, then by name."""
-    listed = [name for sweep in results.sweeps for name in sweep.methods]
+    listed = [name for sweep in results.sweeps for name in sweep.named]
     present = {run.label for run in results.runs}
     return [name for name in dict.fromkeys((results.baseline, *listed, *sorted(present))) if name in present]
 
 
 def _placed(runs: Sequence[Run]) -> Iterator[tuple[Run, Cell]]:
-    """Each run with its cell; a method without an axis of adapters that its sweep has is in the cells of all values."""
+    """Each run with its cell; a method without an axis of adapters that its sweep has is in the cells of all values.
+
+    So it is with an axis whose value the method sets itself.
+    """
     places: dict[tuple[Any, ...], set[Axes]] = {}
     for run in runs:
         places.setdefault((run.sweep.folder, run.dataset, run.model), set()).add(run.cell_axes)
     for run in runs:
-        own = run.cell_axes
-        wider = {axes for axes in places[run.sweep.folder, run.dataset, run.model] if _only_adapters_apart(own, axes)}
-        for axes in wider or {own}:
+        here = places[run.sweep.folder, run.dataset, run.model]
+        wider = {axes for axes in here if _is_wider(axes, run.cell_axes, own_fields(run))}
+        for axes in wider or {run.cell_axes}:
             yield run, Cell(run.dataset, run.model, axes)
 
 
-def _only_adapters_apart(own: Axes, other: Axes) -> bool:
-    """Whether the other has all of own's values, and besides them only axes of adapters."""
-    more = set(other) - set(own)
-    return len(other) == len(own) + len(more) > len(own) and all(name.startswith("adapter.") for name, _ in more)
+def _is_wider(other: Axes, axes: Axes, own: Set[str]) -> bool:
+    """Whether the other has all of these values, and besides them only axes of adapters or the method's own."""
+    more = set(other) - set(axes)
+    only = all(name.startswith("adapter.") or name in own for name, _ in more)
+    return len(other) == len(axes) + len(more) > len(axes) and only
 
 
 def _sort_key(cell: Cell) -> tuple[Any, ...]:
@@ -230,7 +224,7 @@ def _chosen(run: Run) -> Mapping[str, Any] | None:
     """The sweep's choice that a run follows, if any."""
     for entry in run.sweep.chosen:
         wanted = {**(entry.get("cell") or {}), **(entry.get("point") or {})}
-        if entry.get("label") == run.label and all(
+        if entry.get("label") == run.record["label"] and all(
             run.point[name] == value for name, value in wanted.items() if name in run.point
         ):
             return entry

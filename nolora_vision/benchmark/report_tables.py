@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nolora_vision.benchmark.comparison import Comparison, Outcome, recipe_notes
 from nolora_vision.benchmark.intervals import LEVEL, Difference, signed
 from nolora_vision.benchmark.published import vtab_task
-from nolora_vision.benchmark.results import Axes
+from nolora_vision.benchmark.settings import Axes
 
 
 @dataclass(frozen=True)

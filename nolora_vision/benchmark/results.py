@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nolora_vision.benchmark.settings import ELSEWHERE, Axes, axes_of, filled, names_in, settings_of, told_apart
 from nolora_vision.training.errors import RunError
 
 PHASES = ("choose", "final")
 STATUSES = ("done", "failed")
 DEFAULT_BASELINE, DEFAULT_CHOOSE_AXES = "lora", ("lr", "head_lr")
-ELSEWHERE = ("dataset", "model", "seed")
-"""Axes whose values every run states outside its point."""
-Axes = tuple[tuple[str, Any], ...]
-"""Values of grid axes by name, in the order of names."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,14 @@ class Sweep:
     choose_axes: tuple[str, ...]
     chosen: tuple[Mapping[str, Any], ...]
     """label, cell, point, val_top1_percent and at_edge of each choice."""
-    methods: tuple[str, ...]
-    """Labels in the sweep's order, as far as it says."""
+    base: frozenset[str]
+    """Fields that it gives to all runs."""
+    named: Mapping[str, frozenset[str] | None]
+    """Labels in the sweep's order, as far as it says, each with the fields that are the method's own, if it tells."""
+    tasks: frozenset[str] | None
+    """Keys of the runs that count; None: all do, as the sweep does not say."""
+    held: tuple[str, ...]
+    """For which methods it has no choice, and why."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Run:
     dataset: str
     model: str
     record: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    """Fields of its config that decide about its result, by dotted names."""
+    apart: Axes = ()
+    """Fields besides the method's own in which others differ that were read with it."""
 
     def number(self, group: str, name: str) -> float | None:
         """A finite number of the record, such as `number("metrics", "test_loss")`; None where it is absent."""
@@ -73,9 +80,10 @@ class Run:
 
     @property
     def cell_axes(self) -> Axes:
-        """Values of all other axes: what the run is compared within, besides dataset and model."""
+        """Values of all other axes, and of what sets it apart: where it is compared, besides dataset and model."""
         beside = (*self.sweep.choose_axes, *ELSEWHERE)
-        return axes_of((name, value) for name, value in self.point.items() if name not in beside)
+        axes = {name: value for name, value in self.point.items() if name not in beside}
+        return axes_of({**axes, **dict(self.apart)}.items())
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ def read_results(folders: Sequence[Path], *, baseline: str | None = None) -> Res
         baseline: label of the method to compare with, instead of the sweeps' own.
 
     Raises:
-        RunError: if a folder is none, there is no run in all of them, or none of the baseline.
+        RunError: if a folder is none, there is no run in all of them, or none of the baseline, or several kinds of it.
     """
     warnings: list[str] = []
     for folder in folders:
@@ -109,7 +117,8 @@ def read_results(folders: Sequence[Path], *, baseline: str | None = None) -> Res
     if baseline is not None:
         sweeps = tuple(replace(sweep, baseline=baseline) for sweep in sweeps)
     read = [run for sweep in sweeps for run in _read_runs(sweep, warnings)]
-    runs = tuple(_once(read, warnings))
+    warnings += [f"{sweep.folder.name}: {line}" for sweep in sweeps for line in sweep.held]
+    runs = tuple(told_apart(list(_once(filled(read), warnings)), sweeps[0].baseline, warnings))
     if not runs:
         found = "".join(f"\n  {line}" for line in warnings)
         raise RunError(f"No readable run in {', '.join(map(str, folders))}. Run the sweep first.{found}")
@@ -118,17 +127,6 @@ def read_results(folders: Sequence[Path], *, baseline: str | None = None) -> Res
     if others := sorted({sweep.baseline for sweep in sweeps} - {sweeps[0].baseline}):
         warnings.append(f"baseline is {sweeps[0].baseline!r}, as in {folders[0].name}; others name {', '.join(others)}")
     return Results(sweeps, runs, tuple(warnings))
-
-
-def axes_of(items: Iterable[tuple[str, Any]]) -> Axes:
-    """Axes in the order of names, lists as tuples, so that they can be compared and counted."""
-    return tuple(sorted((name, _hashable(value)) for name, value in items))
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_hashable, value))
-    return axes_of(value.items()) if isinstance(value, dict) else value
 
 
 def _read_json(path: Path) -> Any:
@@ -157,7 +155,10 @@ def _read_sweep(folder: Path, warnings: list[str]) -> Sweep:
         str(said.get("baseline") or DEFAULT_BASELINE),
         tuple(DEFAULT_CHOOSE_AXES if axes is None else map(str, axes)),
         tuple(entry for entry in entries if _is_choice(entry)),
-        tuple(name for name in methods if isinstance(name, str)),
+        names_in(said.get("base")),
+        {str(name): names_in(methods[name]) if isinstance(methods, dict) else None for name in methods},
+        frozenset(map(str, tasks)) if isinstance(tasks := said.get("tasks"), list) else None,
+        tuple(map(str, held)) if isinstance(held := said.get("held"), list) else (),
     )
 
 
@@ -167,7 +168,12 @@ def _is_choice(entry: Any) -> bool:
 
 def _read_runs(sweep: Sweep, warnings: list[str]) -> Iterator[Run]:
     records: list[tuple[str, dict[str, Any]]] = []
-    for path in sorted((sweep.folder / "runs").glob("*.json")):
+    paths = sorted((sweep.folder / "runs").glob("*.json"))
+    counted = [path for path in paths if sweep.tasks is None or path.stem in sweep.tasks]
+    if others := len(paths) - len(counted):
+        are = "record is" if others == 1 else "records are"
+        warnings.append(f"{sweep.folder}: {others} {are} left out: sweep.json does not list them among its tasks")
+    for path in counted:
         try:
             record = _read_json(path)
             if problem := _problem(record):
@@ -190,7 +196,8 @@ def _read_runs(sweep: Sweep, warnings: list[str]) -> Iterator[Run]:
             dataset, model = (str(value or "unknown") for value in asked)
         error = None if done else str(record.get("error") or "").strip() or "no reason recorded"
         named = {name: record[name] for name in ("label", "phase", "seed", "point")}
-        yield Run(key=key, sweep=sweep, error=error, dataset=dataset, model=model, record=record, **named)
+        named |= {"record": record, "settings": settings_of(record.get("config") or {})}
+        yield Run(key=key, sweep=sweep, error=error, dataset=dataset, model=model, **named)
 
 
 def _asked(record: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -230,7 +237,8 @@ def _once(runs: Sequence[Run], warnings: list[str]) -> Iterator[Run]:
     """Each run once, though several folders may hold it: the first that is done, or else the first."""
     same: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        name = (run.label, run.phase, run.dataset, run.model, axes_of(run.point.items()), run.seed)
+        told = (axes_of(run.point.items()), axes_of(run.settings.items()))
+        name = (run.label, run.phase, run.dataset, run.model, *told, run.seed)
         same.setdefault(name, []).append(run)
     for group in same.values():
         kept = next((run for run in group if run.error is None), group[0])

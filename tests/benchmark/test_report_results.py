@@ -158,7 +158,8 @@ def test_nothing_to_report_says_what_to_name(tmp_path: Path) -> None:
 
 
 def test_recipes_that_differ_are_told(tmp_path: Path) -> None:
-    sweep = SweepFiles(tmp_path / "s")
+    own = {"epochs": 10, "lr": 0.2, "adapter": {"rank": 4}}
+    sweep = SweepFiles(tmp_path / "s", methods={"lora": {"method": "lora"}, "lora, long": own})
     sweep.done("lora", 0, test=80.0, config={"epochs": 5, "adapter": {"rank": 8}, "lr": 0.1, "output": "a"})
     sweep.done("lora, long", 0, test=81.0, config={"epochs": 10, "adapter": {"rank": 4}, "lr": 0.2, "output": "b"})
     (comparison,), *_ = compared(tmp_path / "s")
