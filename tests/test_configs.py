@@ -10,7 +10,8 @@ import torch
 
 from nolora_vision.benchmark.suite import SETS, SUITE_RECIPES, suite_configs, vtab_configs
 from nolora_vision.benchmark.sweep import expected
-from nolora_vision.benchmark.sweep_plan import Sweep, Task, make_task, plan, read_sweep
+from nolora_vision.benchmark.sweep_plan import Sweep, plan, read_sweep
+from nolora_vision.benchmark.sweep_task import Task, make_task
 from nolora_vision.methods import apply_method
 from nolora_vision.training.backbone import build_model
 from nolora_vision.training.config_file import load_run_config, read_yaml

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +18,14 @@ import tyro
 from filelock import FileLock, Timeout
 
 from nolora_vision import CheckpointError, ConfigError, InjectionError
-from nolora_vision.benchmark.sweep_plan import Choice, Sweep, Task, plan, read_sweep
+from nolora_vision.benchmark.sweep_plan import Plan, Sweep, plan, read_sweep, whole_plan
+from nolora_vision.benchmark.sweep_processes import end_with_parent, in_processes, is_orphaned
+from nolora_vision.benchmark.sweep_task import Task
 from nolora_vision.training.config_file import as_plain
 from nolora_vision.training.engine import slow_precision
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.progress import RunsProgress, print_columns
-from nolora_vision.training.record import environment, write_record
+from nolora_vision.training.record import environment, write_atomic, write_record
 from nolora_vision.training.run import run
 from nolora_vision.training.shelf import Shelf
 
@@ -64,17 +63,22 @@ def main(
             raise ConfigError("The command line", [f"{wanted}, got {processes} and {max_hours}."])
         sweep = read_sweep(sweep_file)
         folder = output or Path("output/sweeps") / sweep.name
-        missing, choices = plan(sweep, read_results(folder))
+        results = read_results(folder)
+        now = whole_plan(sweep, results)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     if dry_run:
-        print(f"{sweep.name}: {len(missing)} runs can be done next, {len(choices)} choices are made ({folder}).")
+        missing, choices = len(now.missing(results)), len(now.choices)
+        print(f"{sweep.name}: {missing} runs can be done next, {choices} choices are made ({folder}).")
+        say_held(now)
         return 0
     if retry_failed:
         forget_failed(folder)
     if processes > 1:
-        return in_processes(sweep_file, folder, processes, max_hours)
+        command = [sys.executable, "-m", "nolora_vision.benchmark.sweep", str(sweep_file), "--output", str(folder)]
+        return in_processes([*command, *([] if max_hours is None else ["--max-hours", str(max_hours)])], processes)
+    end_with_parent()
     conduct(sweep, folder, deadline=None if max_hours is None else time.monotonic() + 3600 * max_hours)
     return 0
 
@@ -93,10 +97,14 @@ def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> Non
             progress.say(f"warning: {slow}")
         while True:
             results = read_results(folder)
-            missing, choices = plan(sweep, results)
-            write_record(folder / "sweep.json", summary(sweep, choices, results))
+            now = whole_plan(sweep, results)
+            missing = now.missing(results)
+            text = json.dumps(summary(sweep, now, results), indent=2, ensure_ascii=False, allow_nan=False)
+            write_atomic(folder / "sweep.json", text + "\n")
             if not missing:
                 break
+            if is_orphaned():
+                return
             if deadline is not None and time.monotonic() + statistics.median(seconds) > deadline:
                 progress.say(f"The time is up; at least {len(missing)} runs are left. Call it again to go on.")
                 return
@@ -105,7 +113,7 @@ def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> Non
                 time.sleep(WAIT_SECONDS)  # others do what is left
                 continue
             seconds = [*seconds, time.monotonic() - started][-20:]
-    show(choices, results)
+    show(now, results)
 
 
 def claim_and_run(task: Task, sweep: Sweep, folder: Path, shelf: Shelf, progress: RunsProgress) -> bool:
@@ -139,12 +147,11 @@ def attempt(task: Task, sweep: Sweep, folder: Path, shelf: Shelf, progress: Runs
         record = run(config, progress=progress, shelf=shelf, keep=keeps, score_test=task.phase == "final")
     except Exception as error:
         why = str(error) if isinstance(error, USUAL_ERRORS) else f"{type(error).__name__}: {error}"
-        plain = as_plain(asdict(task.config))
-        facts |= {"status": "failed", "error": why, "method": task.config.method}
-        return {**facts, "config": plain, "environment": environment()}
+        facts |= {"status": "failed", "error": why, "error_type": type(error).__name__, "method": task.config.method}
+        return {**facts, "config": task.stated, "environment": environment()}
     if not torch.cuda.is_available():  # the process's own peak is that of all its runs so far
         record["metrics"] = {k: v for k, v in record["metrics"].items() if not k.startswith("peak_memory")}
-    record["config"] = as_plain(asdict(task.config))
+    record["config"] = task.stated
     return {**facts, "status": "done", "error": None, **{k: v for k, v in record.items() if k != "folder"}}
 
 
@@ -163,8 +170,10 @@ def forget_failed(folder: Path) -> None:
             (folder / "runs" / f"{name}.json").unlink()
 
 
-def summary(sweep: Sweep, choices: Sequence[Choice], results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the sweep is and what has been chosen."""
+def summary(sweep: Sweep, now: Plan, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sweep is, what has been chosen and what cannot be, and the names of the records that count."""
+    counted = now.counted(results)
+    chosen = {f"{c.label}: {json.dumps(dict(c.cell))}": as_plain(asdict(c)) for c in now.choices if sweep.choose}
     return {
         "name": sweep.name,
         "description": sweep.description,
@@ -174,8 +183,10 @@ def summary(sweep: Sweep, choices: Sequence[Choice], results: Mapping[str, Any])
         "axes": as_plain(dict(sweep.axes)),
         "choose": None if sweep.choose is None else as_plain(asdict(sweep.choose)),
         "seeds": list(sweep.seeds),
-        "chosen": {f"{c.label}: {json.dumps(dict(c.cell))}": as_plain(asdict(c)) for c in choices if sweep.choose},
-        "runs": {status: sum(r["status"] == status for r in results.values()) for status in ("done", "failed")},
+        "chosen": chosen,
+        "held": [str(held) for held in now.held],
+        "runs": {status: sum(r["status"] == status for r in counted.values()) for status in ("done", "failed")},
+        "tasks": [task.name for task in now.tasks if task.name in counted or task.name not in results],
     }
 
 
@@ -197,15 +208,15 @@ def said(record: Mapping[str, Any]) -> str:
     return f"{''.join(scores)}{metrics['total_seconds']:.0f} s"
 
 
-def show(choices: Sequence[Choice], results: Mapping[str, Mapping[str, Any]]) -> None:
-    """A line for each method in each cell: what was chosen, and its test scores."""
+def show(now: Plan, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line for each method in each cell: what was chosen, and its test scores; and for which there is no choice."""
     rows = []
-    for choice in choices:
+    tested = [record for record in now.counted(results).values() if record["phase"] == "final"]
+    for choice in now.choices:
         scores = [
             record["metrics"]["test_top1_percent"]
-            for record in results.values()
-            if record["status"] == "done" and record["phase"] == "final"
-            if record["label"] == choice.label and record["point"] == dict(choice.point)
+            for record in tested
+            if record["status"] == "done" and record["label"] == choice.label and record["point"] == dict(choice.point)
         ]
         mean = f"{statistics.fmean(scores):.2f}" if scores else "–"
         spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–"
@@ -213,27 +224,13 @@ def show(choices: Sequence[Choice], results: Mapping[str, Mapping[str, Any]]) ->
         edge = " (at an edge)" if choice.at_edge else ""
         rows.append((choice.label, where + edge, f"{choice.val_top1_percent:.2f}", mean, spread, str(len(scores))))
     print_columns("chosen on validation", ("method", "at", "val (%)", "test (%)", "std", "seeds"), rows)
+    say_held(now)
 
 
-# ------------------------------------------------------------------------------------------------------- the processes
-
-
-def in_processes(sweep_file: Path, folder: Path, count: int, max_hours: float | None) -> int:
-    """The same command several times at once, each on its GPU or its share of the processor's cores."""
-    gpus = torch.cuda.device_count()
-    command = [sys.executable, "-m", "nolora_vision.benchmark.sweep", str(sweep_file), "--output", str(folder)]
-    command += [] if max_hours is None else ["--max-hours", str(max_hours)]
-    children = []
-    for i in range(count):
-        own = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
-        threads = str(max(1, (os.cpu_count() or 1) // count))
-        children.append(subprocess.Popen(command, env={"OMP_NUM_THREADS": threads, **os.environ, **own}))
-    try:
-        return max(child.wait() for child in children)
-    except KeyboardInterrupt:
-        for child in children:
-            child.send_signal(signal.SIGINT)
-        return max(child.wait() for child in children) or 130
+def say_held(now: Plan) -> None:
+    """A line for each method and cell without a choice."""
+    for held in now.held:
+        print(held)
 
 
 if __name__ == "__main__":

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nolora_vision.benchmark.sweep_checks import problems_of
-from nolora_vision.config import ConfigError, Problem, shown
-from nolora_vision.training.config_file import as_plain, make_run_config, read_yaml
+from nolora_vision.benchmark.sweep_task import Phase, Point, Results, Task, make_task
+from nolora_vision.config import ConfigError, Problem
+from nolora_vision.training.config_file import read_yaml
+from nolora_vision.training.errors import NotFiniteError
 from nolora_vision.training.kinds import Text, Whole, from_mapping, settle, unaffected
-from nolora_vision.training.neutral import NEUTRAL
-from nolora_vision.training.run_config import RunConfig
 
-Point = Mapping[str, Any]
-"""Values of axes by their dotted names: `{"lr": 2e-3, "adapter.rank": 8}`."""
-Phase = Literal["choose", "final"]
-Results = Mapping[str, Mapping[str, Any]]
-"""Records by the name of their task."""
+_NOT_FINITE = re.compile(r"The (loss|gradient) is (nan|-?inf) at step")
 
 
 @dataclass(frozen=True)
@@ -89,40 +83,6 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One run."""
-
-    label: str
-    phase: Phase
-    cell: Point
-    point: Point
-    """The cell's values and the candidate."""
-    seed: int
-    config: RunConfig
-
-    @cached_property
-    def name(self) -> str:
-        """Of its result's file: made of what differs from the defaults, so that new fields leave it as it is."""
-        usual = _usual()
-        facts = {k: v for k, v in self._settings.items() if v != usual.get(k)}
-        text = json.dumps({"phase": self.phase, **facts}, sort_keys=True)
-        slug = "".join(c if c.isalnum() else "-" for c in self.label)
-        return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-    def record_in(self, results: Results) -> Mapping[str, Any] | None:
-        """Its record, unless that was made under other defaults."""
-        record = results.get(self.name)
-        if record is None:
-            return None
-        then, now = _flat(record["config"]), self._settings
-        return record if all(then[key] == now[key] for key in then.keys() & now.keys()) else None
-
-    @cached_property
-    def _settings(self) -> dict[str, Any]:
-        return _flat(as_plain(asdict(self.config)))
-
-
-@dataclass(frozen=True)
 class Choice:
     """What validation says of a method in a cell."""
 
@@ -135,6 +95,38 @@ class Choice:
     """Candidates that were tried."""
     at_edge: bool
     """Whether the best is still at an edge of them."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A method for which nothing can be chosen in a cell."""
+
+    label: str
+    cell: Point
+    why: str
+
+    def __str__(self) -> str:
+        where = "".join(f", {axis} {value}" for axis, value in self.cell.items())
+        return f"{self.label}{where}: nothing is chosen and tested, as {self.why}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What counts of a sweep, as far as it is known."""
+
+    tasks: tuple[Task, ...]
+    """All runs, done or not, in their order."""
+    choices: tuple[Choice, ...]
+    held: tuple[Held, ...]
+
+    def missing(self, results: Results) -> list[Task]:
+        """The runs that can be done next."""
+        return [task for task in self.tasks if task.record_in(results) is None]
+
+    def counted(self, results: Results) -> dict[str, Mapping[str, Any]]:
+        """The records of its runs; a folder may hold others, of settings that it had before."""
+        found = ((task.name, task.record_in(results)) for task in self.tasks)
+        return {name: record for name, record in found if record is not None}
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -165,44 +157,38 @@ def _run_problems(sweep: Sweep, label: str) -> Iterator[Problem]:
 
 
 def plan(sweep: Sweep, results: Results) -> tuple[list[Task], list[Choice]]:
-    """The runs that can be done next, in order, and what has been chosen so far.
+    """The runs that can be done next, in order, and what has been chosen so far."""
+    found = whole_plan(sweep, results)
+    return found.missing(results), list(found.choices)
+
+
+def whole_plan(sweep: Sweep, results: Results) -> Plan:
+    """All runs that count, what has been chosen so far, and what cannot be.
 
     What is chosen is tested before more is tried, so that a sweep that is stopped has whole rows.
     """
-    missing: list[Task] = []
+    tried: list[Task] = []
     choices: list[Choice] = []
+    held: list[Held] = []
     for cell in sweep.cells():
         for label in sweep.methods:
             if cell not in list(sweep.cells(label)):
                 continue
-            tasks, choice = _choosing(sweep, label, cell, results)
-            missing += [task for task in tasks if task.record_in(results) is None]
-            if choice is not None:
-                choices.append(choice)
+            tasks, outcome = _choosing(sweep, label, cell, results)
+            tried += tasks
+            if isinstance(outcome, Choice):
+                choices.append(outcome)
+            elif outcome is not None:
+                held.append(outcome)
     tests = [make_task(sweep, c.label, "final", c.cell, c.point, seed) for seed in sweep.seeds for c in choices]
-    return [*(task for task in tests if task.record_in(results) is None), *missing], choices
-
-
-def make_task(sweep: Sweep, label: str, phase: Phase, cell: Point, point: Point, seed: int) -> Task:
-    """The run of a method at a point, its config made and checked."""
-    own = {name: value for name, value in sweep.methods[label].items() if name not in ("choose", "only")}
-    settings: dict[str, Any] = {}
-    for layer in (sweep.base, own, point, {"seed": seed}):
-        _merge(settings, layer)
-    owner = f"{label} of {sweep.name or 'the sweep'}"
-    config = make_run_config(settings, owner=owner).resolved()
-    if phase == "choose" and config.train_on == "train_val":
-        raise ConfigError(
-            owner, ["train_on is train_val, so no validation images are left to choose by: set it to train."]
-        )
-    return Task(label, phase, cell, point, seed, config)
+    return Plan((*tests, *tried), tuple(choices), tuple(held))
 
 
 # ------------------------------------------------------------------------------------------------------- the choosing
 
 
-def _choosing(sweep: Sweep, label: str, cell: Point, results: Results) -> tuple[list[Task], Choice | None]:
-    """All choosing runs of a method in a cell that are due, and the choice once they are done."""
+def _choosing(sweep: Sweep, label: str, cell: Point, results: Results) -> tuple[list[Task], Choice | Held | None]:
+    """All choosing runs of a method in a cell that are due, and once they are done the choice, or why there is none."""
     if sweep.choose is None:
         return [], Choice(label, cell, cell, math.nan, 1, at_edge=False)
     values, tasks = sweep.candidates(label), []
@@ -213,11 +199,14 @@ def _choosing(sweep: Sweep, label: str, cell: Point, results: Results) -> tuple[
         records = {task.name: task.record_in(results) for task in tasks}
         if None in records.values():
             return tasks, None
-        means = [statistics.fmean(_score(records[task.name]) for task in of_point) for of_point in due]
+        done = {name: record for name, record in records.items() if record is not None}
+        if why := _no_choice(done):
+            return tasks, Held(label, cell, why)
+        means = [statistics.fmean(_score(done[task.name]) for task in of_point) for of_point in due]
         highest = max(means)
         best = points[means.index(highest)]  # of equal ones the first
         edges = [axis for axis, tried in values.items() if len(tried) > 1 and best[axis] in (tried[0], tried[-1])]
-        if not edges or extension == sweep.choose.extend or highest == -math.inf:
+        if not edges or extension == sweep.choose.extend:
             return tasks, Choice(label, cell, {**cell, **best}, highest, len(points), at_edge=bool(edges))
         for axis in edges:  # beyond the best one only: all others of that value would be lower still, or by chance
             further = _beyond(values[axis], best[axis])
@@ -227,9 +216,26 @@ def _choosing(sweep: Sweep, label: str, cell: Point, results: Results) -> tuple[
     raise AssertionError("the last extension returns")
 
 
-def _score(record: Mapping[str, Any] | None) -> float:
-    """Validation top-1; a run that failed, as by a loss that is not finite, loses to every other."""
-    assert record is not None
+def _no_choice(records: Results) -> str | None:
+    """Why these records allow no choice: a failure of the machine says nothing of a rate; None if they allow one."""
+    failed = [record for record in records.values() if record["status"] == "failed" and not diverged(record)]
+    if failed:
+        reason = failed[0]["error"].strip().splitlines()[-1] if failed[0]["error"].strip() else "no reason recorded"
+        return f"{len(failed)} of {len(records)} runs to choose by failed ({reason}). --retry-failed runs them again."
+    if all(record["status"] == "failed" for record in records.values()):
+        return f"in all {len(records)} runs to choose by the loss or gradient was not finite. Give smaller candidates."
+    return None
+
+
+def diverged(record: Mapping[str, Any]) -> bool:
+    """Whether a run failed by numbers that were not finite, and not by what the machine or the method lacks."""
+    if "error_type" in record:
+        return record["error_type"] == NotFiniteError.__name__
+    return _NOT_FINITE.search(record["error"]) is not None
+
+
+def _score(record: Mapping[str, Any]) -> float:
+    """Validation top-1; a run whose numbers were not finite loses to every other."""
     return record["metrics"]["val_top1_percent"] if record["status"] == "done" else -math.inf
 
 
@@ -249,35 +255,3 @@ def _is_usable(sweep: Sweep, label: str, cell: Point, point: Point) -> bool:
     except ConfigError:
         return False
     return True
-
-
-# ---------------------------------------------------------------------------------------------------------- the values
-
-
-@cache
-def _usual() -> Mapping[str, Any]:
-    return _flat(as_plain(asdict(RunConfig())))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names → values, without what changes no result; a mapping that may hold anything stays one value."""
-    found = {}
-    for name, value in values.items():
-        if name == "adapter" and isinstance(value, Mapping):
-            found |= _flat(value, "adapter.")
-        elif name not in NEUTRAL:
-            found[prefix + name] = value
-    return found
-
-
-def _merge(settings: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Put values into nested settings; a dotted name reaches into a nested one."""
-    for name, value in layer.items():
-        head, _, rest = name.partition(".") if isinstance(name, str) else (name, "", "")
-        if not rest and not isinstance(value, Mapping):
-            settings[head] = value
-            continue
-        inner = settings.setdefault(head, {})
-        if not isinstance(inner, dict):
-            raise ConfigError("The sweep", [f"{name} reaches into {head}, and that is {shown(inner)}."])
-        _merge(inner, {rest: value} if rest else value)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-PACKAGES = ("nolora-vision", "torch", "torchvision", "timm", "datasets", "accelerate", "safetensors")
+PACKAGES = ("nolora-vision", "torch", "torchvision", "timm", "datasets", "accelerate", "safetensors", "peft")
 
 
 def environment() -> dict[str, Any]:

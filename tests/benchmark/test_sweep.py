@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from nolora_vision.benchmark import sweep as sweeping
 from nolora_vision.benchmark.report import write_report
 from nolora_vision.benchmark.sweep import claim_and_run, conduct, main, read_results
 from nolora_vision.benchmark.sweep_plan import Sweep, plan, read_sweep
+from nolora_vision.training.errors import NotFiniteError
 from nolora_vision.training.progress import RunsProgress
 from nolora_vision.training.shelf import Shelf
 from tests.training.forked_start import finished
@@ -104,13 +106,58 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(
     conduct(sweep, folder)
     results = read_results(folder)
     failures = [r for r in results.values() if r["status"] == "failed"]
-    assert len(results) == 8 and {r["error"] for r in failures} == {"RuntimeError: no room"}
-    assert {r["label"] for r in failures} == {"tanh"} and "failed: RuntimeError: no room" in capsys.readouterr().out
+    assert len(results) == 6 and {(r["error"], r["error_type"]) for r in failures} == {
+        ("RuntimeError: no room", "RuntimeError")
+    }
+    printed, held = capsys.readouterr().out, "tanh: nothing is chosen and tested, as 2 of 2 runs to choose by failed"
+    assert {r["label"] for r in failures} == {"tanh"} and "failed: RuntimeError: no room" in printed
+    assert held in printed and any(held in line for line in report_results.read_results([folder]).warnings)
     monkeypatch.setattr(sweeping, "run", real)
     assert main(tmp_path / "s.yaml", output=folder, retry_failed=True, dry_run=True) == 0
-    assert len(read_results(folder)) == 8  # it only says what it would do
+    assert len(read_results(folder)) == 6  # it only says what it would do
+    assert held in capsys.readouterr().out
     assert main(tmp_path / "s.yaml", output=folder, retry_failed=True) == 0
-    assert all(r["status"] == "done" for r in read_results(folder).values())
+    assert len(read_results(folder)) == 8 and all(r["status"] == "done" for r in read_results(folder).values())
+    assert not report_results.read_results([folder]).warnings
+
+
+def test_a_sweep_whose_runs_all_diverge_leaves_strict_json(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(*_: Any, **__: Any) -> Any:
+        raise NotFiniteError("loss", math.nan, step=1, epoch=1, rates="lr 1")
+
+    monkeypatch.setattr(sweeping, "run", diverging)
+    conduct(sweep, tmp_path / "out")
+    text = (tmp_path / "out" / "sweep.json").read_text()
+    said = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert said["chosen"] == {} and len(said["held"]) == 2 and said["runs"] == {"done": 0, "failed": 4}
+
+
+def test_a_changed_base_leaves_the_runs_of_before_out(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fake run tells its epochs by its score."""
+
+    def fake(config: Any, **_: Any) -> Any:
+        metrics = {"val_top1_percent": 50.0, "test_top1_percent": 50.0 + config.epochs, "total_seconds": 1.0}
+        return {"metrics": metrics, "dataset": {"id": "digits"}, "model": "vit"}
+
+    folder = tmp_path / "out"
+    monkeypatch.setattr(sweeping, "run", fake)
+    conduct(sweep, folder)
+    before = set(read_results(folder))
+    (tmp_path / "s.yaml").write_text(SWEEP.replace("epochs: 1", "epochs: 2"))
+    rows: list[Any] = []
+    monkeypatch.setattr(sweeping, "print_columns", lambda title, names, found: rows.extend(found))
+    conduct(read_sweep(tmp_path / "s.yaml"), folder)
+    assert len(read_results(folder)) == 16
+    assert [(row[0], *row[-3:]) for row in rows] == [(name, "52.00", "0.00", "2") for name in ("lora", "tanh")]
+    read = report_results.read_results([folder])
+    assert len(read.runs) == 8 and not before & {run.key for run in read.runs}
+    assert {run.test for run in read.runs if run.phase == "final"} == {52.0}
+    assert "8 records are left out: sweep.json does not list them among its tasks" in read.warnings[0]
+    assert json.loads((folder / "sweep.json").read_text())["runs"] == {"done": 8, "failed": 0}
 
 
 def test_what_another_process_does_is_left_to_it(sweep: Sweep, tmp_path: Path) -> None:

@@ -10,9 +10,14 @@ from typing import Any
 import pytest
 
 from nolora_vision import ConfigError
-from nolora_vision.benchmark.sweep_plan import Choose, Sweep, Task, plan, read_sweep
+from nolora_vision.benchmark.settings import FORMER_OPTIONS
+from nolora_vision.benchmark.sweep_plan import Choose, Sweep, plan, read_sweep, whole_plan
+from nolora_vision.benchmark.sweep_task import Task
+from nolora_vision.methods.catalogue import METHODS as CATALOGUE
 from nolora_vision.training.config_file import as_plain
+from nolora_vision.training.errors import NotFiniteError
 from nolora_vision.training.kinds import from_mapping
+from nolora_vision.training.record import environment
 
 METHODS = {"lora": {"method": "lora"}, "tanh": {"method": "nolora", "adapter": {"nonlinearity": "tanh"}}}
 RATES = [1e-3, 2e-3, 4e-3]
@@ -27,8 +32,10 @@ def done(task: Task, top1: float) -> dict[str, Any]:
     return {"status": "done", "config": as_plain(asdict(task.config)), "metrics": {"val_top1_percent": top1}}
 
 
-def failed(task: Task) -> dict[str, Any]:
-    return {"status": "failed", "error": "the loss is nan", "config": as_plain(asdict(task.config))}
+def failed(task: Task, error: Exception | None = None) -> dict[str, Any]:
+    error = error or NotFiniteError("loss", math.nan, step=3, epoch=1, rates="lr 1")
+    facts = {"error": str(error), "error_type": type(error).__name__, "config": as_plain(asdict(task.config))}
+    return {"status": "failed", **facts}
 
 
 def finish(sweep: Sweep, score: Any) -> tuple[list[Task], list[Any], dict[str, Any]]:
@@ -38,7 +45,8 @@ def finish(sweep: Sweep, score: Any) -> tuple[list[Task], list[Any], dict[str, A
     while missing := plan(sweep, results)[0]:
         for task in missing:
             value = score(task)
-            results[task.name] = failed(task) if value is None else done(task, value)
+            known = isinstance(value, float | int)
+            results[task.name] = done(task, value) if known else failed(task, value)
         ran += missing
     return ran, plan(sweep, results)[1], results
 
@@ -94,12 +102,47 @@ def test_the_mean_over_the_choosing_seeds_counts() -> None:
     assert choices[0].point == {"lr": 2e-3} and choices[0].val_top1_percent == 80.0
 
 
-def test_a_failed_run_loses_and_all_failed_ones_extend_nothing() -> None:
+def test_a_run_whose_numbers_went_wrong_loses() -> None:
     _, choices, _ = finish(make(), lambda task: None if task.config.lr > 1e-3 else 1.0)
     assert {c.point["lr"] for c in choices} == {1e-3} or {c.point["lr"] for c in choices} == {5e-4}
-    ran, choices, _ = finish(make(), lambda task: None)
-    assert len([t for t in ran if t.phase == "choose"]) == 6
-    assert all(c.val_top1_percent == -math.inf for c in choices)
+    assert {c.val_top1_percent for c in choices} == {1.0}
+
+
+def test_where_all_numbers_went_wrong_nothing_is_chosen_or_tested() -> None:
+    ran, choices, results = finish(make(), lambda task: None)
+    assert [t.phase for t in ran] == ["choose"] * 6 and not choices
+    held = whole_plan(make(), results).held
+    assert [h.label for h in held] == ["lora", "tanh"]
+    assert "tanh: nothing is chosen and tested, as in all 3 runs to choose by the loss or gradient" in str(held[1])
+
+
+def test_a_failure_of_the_machine_holds_the_choice_back_until_it_is_tried_again() -> None:
+    full = RuntimeError("CUDA out of memory")
+    lost = {("tanh", 2e-3)}
+
+    def score(task: Task) -> Any:
+        return full if (task.label, task.config.lr) in lost else -abs(math.log2(task.config.lr / 2e-3))
+
+    ran, choices, results = finish(make(), score)
+    assert [c.label for c in choices] == ["lora"] and {t.label for t in ran if t.phase == "final"} == {"lora"}
+    (held,) = whole_plan(make(), results).held
+    assert str(held) == (
+        "tanh: nothing is chosen and tested, as 1 of 3 runs to choose by failed (CUDA out of memory). "
+        "--retry-failed runs them again."
+    )
+    results = {name: record for name, record in results.items() if record["status"] == "done"}
+    (again,) = plan(make(), results)[0]
+    assert (again.label, again.phase, again.config.lr) == ("tanh", "choose", 2e-3)
+    choices = plan(make(), {**results, again.name: done(again, 1.0)})[1]
+    assert [(c.label, c.point["lr"]) for c in choices] == [("lora", 2e-3), ("tanh", 2e-3)]
+
+
+def test_older_failures_say_by_their_text_what_they_are() -> None:
+    first, *_ = tasks = plan(make(), {})[0]
+    results = {task.name: done(task, -abs(math.log2(task.config.lr / 2e-3))) for task in tasks}
+    for error, count in (("The loss is nan at step 3 of epoch 1 (…).", 2), ("OutOfMemoryError: 3 GiB", 1), ("", 1)):
+        record = {key: value for key, value in failed(first).items() if key != "error_type"}
+        assert len(plan(make(), {**results, first.name: {**record, "error": error}})[1]) == count
 
 
 def test_cells_are_chosen_for_apart_and_methods_may_keep_to_some() -> None:
@@ -130,6 +173,49 @@ def test_a_result_under_other_settings_is_none() -> None:
     assert task.record_in({task.name: without}) is without  # a field that came later, at its default
     other = {**record, "config": {**record["config"], "adapter": {**record["config"]["adapter"], "rank": 3}}}
     assert task.record_in({task.name: other}) is None
+
+
+def test_what_lies_in_the_folder_of_other_settings_does_not_count() -> None:
+    _, _, before = finish(make(base={"epochs": 8}), lambda task: 1.0)
+    _, _, results = finish(make(base={"epochs": 16}), lambda task: 1.0)
+    counted = whole_plan(make(base={"epochs": 16}), {**before, **results}).counted({**before, **results})
+    assert counted.keys() == results.keys() and not counted.keys() & before.keys()
+
+
+def test_a_default_of_a_methods_options_is_part_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = make(methods={"lora": {"method": "peft-lora"}}, choose=None, seeds=[0])
+    (task,) = plan(sweep, {})[0]
+    stated, silent = {**done(task, 1.0), "config": task.stated}, done(task, 1.0)
+    assert environment()["versions"]["peft"]
+    assert stated["config"]["method_options"] == {"lr_ratio": 1.0} and silent["config"]["method_options"] == {}
+    assert task.record_in({task.name: stated}) and task.record_in({task.name: silent})
+    known = CATALOGUE["peft-lora"]
+    other = replace(known, options={"lr_ratio": 4.0})
+    monkeypatch.setitem(CATALOGUE, "peft-lora", other)  # type: ignore[arg-type]
+    (now,) = plan(sweep, {})[0]
+    assert now.record_in({now.name: stated}) is None
+    monkeypatch.setitem(FORMER_OPTIONS, "peft-lora", {"lr_ratio": 1.0})  # type: ignore[arg-type]
+    (now,) = plan(sweep, {})[0]
+    assert now.name != task.name and now.record_in({now.name: silent}) is None  # beside the old one, not over it
+
+
+def test_defaults_that_have_changed_are_known_to_older_records() -> None:
+    """Whoever changes a default adds the old one to FORMER_OPTIONS; records that state all options need no entry."""
+    then = {
+        **{method: {"lr_ratio": 1.0} for method in ("nolora", "lora", "aurora", "peft-lora", "rslora", "dora")},
+        **{method: {} for method in ("linear", "full", "bitfit", "layernorm", "pissa", "hira", "ia3")},
+        "adaptformer": {"bottleneck": None, "scale": 0.1},
+        "lora-plus": {"lr_ratio": 16.0},
+        "vera": {"projection_prng_key": 0, "d_initial": 0.1},
+        "fourierft": {"n_frequency": 1000, "scaling": 150.0, "random_loc_seed": 777},
+        "peanut": {"depth": 0, "scaling": 1.0, "act_fn": "relu"},
+        "randlora": {"projection_prng_key": 0, "randlora_alpha": None},
+        "c3a": {"block_size": None},
+        "oft": {"block_size": 32},
+        "boft": {"block_size": 4},
+    }
+    for method, options in then.items():
+        assert {**CATALOGUE[method].options, **FORMER_OPTIONS.get(method, {})} == options
 
 
 def test_names_differ_where_settings_do() -> None:
