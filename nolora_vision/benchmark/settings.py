@@ -12,7 +12,7 @@ from nolora_vision.training.neutral import NEUTRAL
 if TYPE_CHECKING:
     from nolora_vision.benchmark.results import Run
 
-FORMER_OPTIONS: Mapping[str, Mapping[str, Any]] = {}
+FORMER_OPTIONS: Mapping[str, Mapping[str, Any]] = {"fourierft": {"scaling": 150.0}}
 """By method: options whose defaults have changed since records state all of them; older records mean these."""
 ELSEWHERE = ("dataset", "model", "seed")
 """Fields whose values every run states outside its config and its point."""
