@@ -104,8 +104,8 @@ def demo(seeds: int, output: Path) -> dict[str, Any]:
 
 def adaptation(method: str, lr: float, seed: int, weights: Path) -> RunConfig:
     """One run from digits 0-4 to 5-9; the linear probe has only a head, so its head takes the rate."""
-    config = replace(BASE, method=method, lr=lr, seed=seed, pretrained_path=weights)
-    return replace(config, head_lr=lr) if method == "linear" else config
+    rate = {"head_lr" if method == "linear" else "lr": lr}
+    return replace(BASE, method=method, seed=seed, pretrained_path=weights, **rate)
 
 
 def pretrain(output: Path, progress: RunsProgress) -> Path:

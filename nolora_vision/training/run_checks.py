@@ -65,9 +65,9 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
     if config.method in METHODS and METHODS[config.method].group != "ours":
         for name, text in setting_problems(config.method, config.adapter):
             yield Problem(text, "method", f"adapter.{name}")
-    if config.method == "linear" and config.lr not in (None, METHODS["linear"].lr):
+    if config.method == "linear" and config.head_lr is not None and config.lr not in (None, METHODS["linear"].lr):
         text = f"linear trains the classifier alone, at head_lr, so lr {config.lr:g} does nothing: give head_lr."
-        yield Problem(text, "lr", "method")
+        yield Problem(text, "lr", "head_lr", "method")
 
 
 def _timm_problems(config: RunConfig) -> Iterator[Problem]:
