@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def family(tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
     (tmp_path / "born").mkdir()
     command = [sys.executable, "-c", CHILD, str(tmp_path / "born")]
     code = f"{PARENT_CODE}sys.exit(in_processes({command!r}, 2))"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background may ignore it
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL, preexec_fn=listening)
     until(lambda: len(list((tmp_path / "born").iterdir())) == 2)
     return parent, [int(path.name) for path in (tmp_path / "born").iterdir()]
 
