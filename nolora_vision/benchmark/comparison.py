@@ -70,11 +70,18 @@ class Outcome:
     """To the baseline, over the seeds that both have; None for itself."""
     loss_difference: Difference | None = None
     """The same of the test loss, where less is better."""
+    val_difference: Difference | None = None
+    """The same of validation top-1 of the models that were tested: on the images by which their rates were chosen."""
 
     @cached_property
     def tests(self) -> dict[int, float]:
         """Test top-1 in percent by seed."""
         return {run.seed: run.test for run in self.runs if run.test is not None}
+
+    @cached_property
+    def vals(self) -> dict[int, float]:
+        """Validation top-1 in percent by seed, of the runs that were tested."""
+        return {run.seed: run.val for run in self.runs if run.test is not None and run.val is not None}
 
     @cached_property
     def losses(self) -> dict[int, float]:
@@ -190,7 +197,7 @@ def _compare_cell(
 
 def _compared(outcome: Outcome, reference: Outcome) -> Outcome:
     top1, loss = paired(outcome.tests, reference.tests), paired(outcome.losses, reference.losses)
-    return replace(outcome, difference=top1, loss_difference=loss)
+    return replace(outcome, difference=top1, loss_difference=loss, val_difference=paired(outcome.vals, reference.vals))
 
 
 def _outcome(cell: Cell, label: str, runs: Sequence[Run], warnings: list[str]) -> Outcome:

@@ -119,6 +119,7 @@ def result_rows(report: Report) -> Iterator[dict[str, Any]]:
                 **_accuracy(list(outcome.tests.values())),
                 "baseline": comparison.baseline,
                 **_apart(outcome.difference),
+                **_validation(outcome),
                 **_loss(outcome),
                 "verdict": verdict(outcome),
                 **{name: outcome.average(group, name) for group, names in COSTS for name in names},
@@ -145,6 +146,12 @@ def _loss(outcome: Outcome) -> dict[str, Any]:
         "test_loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
         **{"test_loss_difference": apart and apart.mean, "test_loss_low": low, "test_loss_high": high},
     }
+
+
+def _validation(outcome: Outcome) -> dict[str, Any]:
+    apart = outcome.val_difference
+    low, high = (apart and apart.interval) or (None, None)
+    return {"val_difference_points": apart and apart.mean, "val_difference_low": low, "val_difference_high": high}
 
 
 def _apart(difference: Difference | None) -> dict[str, Any]:

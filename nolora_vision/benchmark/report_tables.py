@@ -106,6 +106,7 @@ def cell_table(comparison: Comparison, title: str = "") -> Table:
         ("test loss", lambda o: mean_and_spread(list(o.losses.values()), 3)),
         (f"test loss minus {comparison.baseline}'s", lambda o: difference_value(o.loss_difference, 3)),
         *((name.replace("_", " "), _chosen_value(name)) for name in sorted(axes, key=_by_sweep(comparison))),
+        (f"minus {comparison.baseline} on validation images", lambda o: difference_value(o.val_difference)),
         ("validation top-1 (%)", lambda o: number(o.average("metrics", "val_top1_percent"), ".2f")),
         ("parameters without head", lambda o: number(o.parameters, ",.0f")),
         ("training (s)", lambda o: number(o.average("metrics", "train_seconds"), ",.1f")),
@@ -144,6 +145,11 @@ def _counting_notes(comparison: Comparison) -> list[str]:
         notes.append(multiplicity([difference for _, difference in comparison.differences], "This table"))
     if any(o.loss_difference and o.loss_difference.interval for o in comparison.outcomes):
         notes.append("The test loss is the cross-entropy in nats, less is better; its intervals are not counted above.")
+    if any(o.val_difference and o.val_difference.interval for o in comparison.outcomes):
+        notes.append(
+            "All seeds are tested on the same images. The same models on the validation images, which chose their "
+            "rates with other seeds: what is not there hangs on which images are looked at. Not counted above either."
+        )
     if edges := [outcome.label for outcome in comparison.outcomes if outcome.at_edge]:
         notes.append(f"Chosen at the edge of the grid, so a better choice may lie beyond it: {', '.join(edges)}.")
     if not any(outcome.label == comparison.baseline and outcome.tests for outcome in comparison.outcomes):

@@ -58,7 +58,8 @@ def test_the_table_of_a_cell(sweep: SweepFiles) -> None:
         "minus lora (95 % interval)": "+2.00 (−0.48 to +4.48)", "seeds won / tied / lost": "3 / 0 / 0",
         "what is shown": "no difference is shown", "test loss": "0.400 ± 0.075",
         "test loss minus lora's": "−0.050 (−0.112 to +0.012)",
-        "lr": "0.004", "head lr": "0.01", "validation top-1 (%)": "80.00",
+        "lr": "0.004", "head lr": "0.01",
+        "minus lora on validation images": "0.00", "validation top-1 (%)": "80.00",
         "parameters without head": "1,000", "training (s)": "10.0", "peak memory (MiB)": "1,024",
     }  # fmt: skip
     assert rows["gate"]["minus lora (95 % interval)"] == "+1.10 (+0.85 to +1.35)"
@@ -70,6 +71,18 @@ def test_the_table_of_a_cell(sweep: SweepFiles) -> None:
         "differed; 1 still does after Bonferroni's correction for 2.",
         "The test loss is the cross-entropy in nats, less is better; its intervals are not counted above.",
     )
+
+
+def test_the_same_models_on_the_validation_images(tmp_path: Path) -> None:
+    files = SweepFiles(tmp_path / "sweep")
+    for label, vals in {"lora": (80.0, 82.0, 84.0), "gate": (79.0, 80.9, 82.8)}.items():
+        for seed, val in enumerate(vals):
+            files.done(label, seed, test=80.0 + seed, val=val, lr=0.004, head_lr=0.01)
+    table = only_table(reported(files), "Cell by cell")
+    rows = texts(table)
+    assert any(note.startswith("All seeds are tested on the same images.") for note in table.notes)
+    assert rows["gate"]["minus lora on validation images"] == "−1.10 (−1.35 to −0.85)"
+    assert rows["gate"]["what is shown"] == "no difference is shown"
 
 
 def test_words_are_made_from_the_numbers(sweep: SweepFiles) -> None:

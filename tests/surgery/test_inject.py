@@ -99,7 +99,7 @@ def test_a_run_that_failed_half_way_proves_nothing() -> None:
 
 
 def test_the_proof_leaves_nothing_that_was_computed_in_evaluation() -> None:
-    """LeViT keeps its attention biases in evaluation; those of the proof would be another state's when it comes to it."""
+    """LeViT keeps its attention biases in evaluation; those of the proof may be of other weights when that comes."""
     model = nolora_vision.inject(FAMILIES["levit"].build().train(), rank=2)
     assert [m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache")] == [{}] * 5
     assert all(module.training for module in model.modules())
