@@ -65,7 +65,8 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
     if config.method in METHODS and METHODS[config.method].group != "ours":
         for name, text in setting_problems(config.method, config.adapter):
             yield Problem(text, "method", f"adapter.{name}")
-    if config.method == "linear" and config.head_lr is not None and config.lr not in (None, METHODS["linear"].lr):
+    only_lr = config.lr not in (None, METHODS["linear"].lr) and config.head_lr == _usual(config, "head_lr")
+    if config.method == "linear" and only_lr:
         text = f"linear trains the classifier alone, at head_lr, so lr {config.lr:g} does nothing: give head_lr."
         yield Problem(text, "lr", "head_lr", "method")
 

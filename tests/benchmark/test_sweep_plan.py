@@ -146,12 +146,12 @@ def test_older_failures_say_by_their_text_what_they_are() -> None:
 
 
 def test_cells_are_chosen_for_apart_and_methods_may_keep_to_some() -> None:
-    methods = {**METHODS, "linear": {"method": "linear", "only": {"adapter.rank": [2]}}}
+    methods = {**METHODS, "bias": {"method": "bitfit", "only": {"adapter.rank": [2]}}}
     sweep = make(methods=methods, axes={"adapter.rank": [2, 4], "max_train_samples": [10, 20]})
     ran, choices, _ = finish(sweep, lambda task: -abs(math.log2(task.config.lr / 2e-3)))
     assert len(choices) == 2 * 4 + 2
     assert {t.config.adapter.rank for t in ran if t.label == "tanh"} == {2, 4}
-    assert {t.config.adapter.rank for t in ran if t.label == "linear"} == {2}
+    assert {t.config.adapter.rank for t in ran if t.label == "bias"} == {2}
     assert {t.config.max_train_samples for t in ran} == {10, 20}
 
 

@@ -161,6 +161,7 @@ def test_contradictions_about_the_images_are_named(values: dict, message: str) -
         ({"method": "linear", "lr": 0.1}, "linear trains the classifier alone, at head_lr, so lr 0.1 does nothing"),
         ({"method": "linear", "lr": None}, None),
         ({"method": "linear", "lr": 0.1, "head_lr": None}, None),
+        ({"method": "linear", "lr": 0.1, "head_lr": 0.2}, None),
         ({"method": "full", "adapter": {"modulation_noise": 0.5}}, "full has no v, so modulation_noise 0.5 does"),
         ({"opt": "adahessian"}, "opt 'adahessian' wants second derivatives"),
         ({"resume_changed": True}, "resume_changed is for --resume, which is not given"),
