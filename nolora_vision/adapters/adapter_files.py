@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -69,21 +70,40 @@ OPTIONAL_FIELDS: Mapping[str, tuple[type, ...]] = {"sha256": _TEXT, "method": (d
 def write_adapter_files(
     directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], card: str
 ) -> Path:
-    """Write the three files as one directory, replacing what is there; killed at any moment, old or new is whole.
+    """Write the three files in one step, see `write_adapter_directory`.
 
     Args:
         config: the fields of `adapter_config.json` but for the checksums.
         state: tensors on the CPU, contiguous, by name.
         card: text of the README.
+
+    Raises:
+        CheckpointError: if the directory has files by these names that are no adapter's; nothing is written.
     """
     from safetensors.torch import save
 
     weights = save(dict(state), metadata={"format": "pt"})
     config = {**config, "tensors": len(state), "weights_sha256": hashlib.sha256(weights).hexdigest()}
     text = json.dumps({**config, "sha256": config_digest(config)}, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_directory(
+    return write_adapter_directory(
         directory, {WEIGHTS_FILE: weights, CONFIG_FILE: f"{text}\n".encode(), CARD_FILE: card.encode()}
     )
+
+
+def write_adapter_directory(directory: str | Path, files: Mapping[str, bytes]) -> Path:
+    """Write an adapter's files; killed at any moment, the old or the new ones are there whole. Other files stay.
+
+    Raises:
+        CheckpointError: if the directory has files by these names that are no adapter's; nothing is written.
+    """
+    there = whole_directory(directory)
+    taken = [] if os.path.lexists(there / CONFIG_FILE) else [name for name in files if os.path.lexists(there / name)]
+    if taken:
+        raise CheckpointError(
+            f"{directory} has a {taken[0]} but no {CONFIG_FILE}, so it is no adapter's directory, and that file would "
+            f"be overwritten. Choose a new directory, such as {str(Path(directory) / 'adapter')!r}."
+        )
+    return write_directory(directory, files)
 
 
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:

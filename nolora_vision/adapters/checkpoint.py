@@ -57,8 +57,9 @@ def save_adapter(
     """Write what training changed, and which model it belongs to, as one directory.
 
     `adapter_model.safetensors` holds adapters, head, whatever else trains, and the BatchNorm statistics that moved, by
-    their names in the bare timm model; `adapter_config.json` the rest; `README.md` is the model card. The directory
-    appears whole or not at all; an existing one is replaced. The model may be compiled or data-parallel.
+    their names in the bare timm model; `adapter_config.json` the rest; `README.md` is the model card. The three appear
+    together or not at all; in an existing directory they replace those of the adapter that it holds, and whatever else
+    is there stays. The model may be compiled or data-parallel.
 
     Args:
         class_names: one for each output of the head. What is None here is kept from the adapter that was loaded.
@@ -74,7 +75,8 @@ def save_adapter(
         The directory.
 
     Raises:
-        CheckpointError: if the adapter cannot be written in the format asked for.
+        CheckpointError: if the adapter cannot be written in the format asked for, or the directory has files by the
+            same names that are no adapter's.
         ValueError: if the class names do not fit the head, or the dtype or format is unknown.
     """
     bare = bare_model(model)

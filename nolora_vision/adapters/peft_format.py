@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nolora_vision.adapters.adapter_files import (
@@ -23,14 +21,15 @@ from nolora_vision.adapters.adapter_files import (
     parse_weights,
     read_json,
     read_weight_bytes,
+    write_adapter_directory,
 )
 from nolora_vision.adapters.card import full_name, model_card
 from nolora_vision.adapters.description import describe
-from nolora_vision.adapters.whole_directory import whole_directory, write_directory
+from nolora_vision.adapters.whole_directory import whole_directory
 from nolora_vision.config import ROLES, AdapterConfig, ConfigError
 from nolora_vision.surgery.adapter import NoLoRAConv2d, adapted_layers
 from nolora_vision.surgery.inject import injection_of, is_injected
-from nolora_vision.surgery.low_rank_adapter import LowRankAdapter
+from nolora_vision.surgery.low_rank_adapter import as_one_lora
 from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, inside
 from nolora_vision.surgery.wrappers import bare_name, bare_state
 
@@ -71,6 +70,7 @@ def write_peft(model: nn.Module, directory: str | Path, config: Mapping[str, Any
 
     Raises:
         PeftFormatError: if an update is not linear, or something else than adapters and head was trained.
+        CheckpointError: if the directory has files by the same names that are no adapter's; nothing is written.
     """
     from safetensors.torch import save
 
@@ -108,7 +108,7 @@ def write_peft(model: nn.Module, directory: str | Path, config: Mapping[str, Any
         CONFIG_FILE: (json.dumps(said, indent=2, allow_nan=False) + "\n").encode(),
         CARD_FILE: model_card(config, peft_flags=flagged).encode(),
     }
-    return write_directory(directory, files)
+    return write_adapter_directory(directory, files)
 
 
 def _loras(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int], dict[str, float]]:
@@ -124,22 +124,6 @@ def _loras(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         for name, t in (("lora_A", down), ("lora_B", up)):
             tensors[f"{PREFIX}{path}.{name}.weight"] = t.reshape(*t.shape, *shape).to("cpu", dtype).contiguous()
     return tensors, ranks, alphas
-
-
-@torch.no_grad()
-def as_one_lora(branches: Sequence[LowRankAdapter], out_features: int) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) of one LoRA equal to the sum of linear branches: A (R, D), B (E, R), R the sum of their ranks."""
-    first, ups = branches[0], []  # the parts of one layer have the same config
-    for branch in branches:
-        up = branch.lora_B if branch.config.modulation == "none" else branch.lora_B * branch.get_parameter("v")
-        if branch.rows is not None:
-            places = torch.cat([torch.arange(*pair, device=up.device) for pair in branch.rows])
-            up = up.new_zeros(out_features, up.shape[1]).index_copy(0, places, up)
-        ups.append(up)
-    down, up = torch.cat([branch.lora_A for branch in branches]), torch.cat(ups, dim=1)
-    if len(branches) == 1:  # exactly what was asked for
-        return down, up, first.config.rank if first.config.alpha is None else first.config.alpha
-    return down, up, first.scale * (math.sqrt(len(down)) if first.config.rank_stabilized else len(down))
 
 
 def read_peft(directory: str | Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,28 +8,34 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
 def write_directory(directory: str | Path, files: Mapping[str, bytes]) -> Path:
-    """Write files as one directory, replacing what is there.
+    """Write files into a directory, all in one step, replacing those of the same names; whatever else is there stays.
+
+    Where the directory is a symlink, the files go to its target.
 
     Raises:
         OSError: if it cannot be written; what was there is as before.
     """
-    target = Path(directory).absolute()
+    target = Path(os.path.realpath(directory))
     target.parent.mkdir(parents=True, exist_ok=True)
     _drop_abandoned(target)
+    if not target.exists() and _aside(target).is_dir():
+        os.replace(_aside(target), target)
     scratch = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix(target)}{os.getpid()}.", dir=target.parent))
     try:
         for name, content in files.items():
             _write(scratch / name, content)
+        if target.is_dir():
+            _carry_over(target, scratch, files)
         scratch.chmod(0o777 & ~_umask())
         _swap_in(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    return Path(directory).absolute()
 
 
 def whole_directory(directory: str | Path) -> Path:
@@ -37,8 +43,32 @@ def whole_directory(directory: str | Path) -> Path:
 
     There is such a moment only where the system cannot exchange two directories in one step.
     """
-    target = Path(directory)
-    return target if target.exists() or not _aside(target).is_dir() else _aside(target)
+    target, aside = Path(directory), _aside(Path(os.path.realpath(directory)))
+    return target if target.exists() or not aside.is_dir() else aside
+
+
+def _carry_over(old: Path, new: Path, written: Iterable[str] = ()) -> None:
+    """Give the new directory whatever else the old one holds: the same files by hard links, so that both are whole."""
+    for source in old.iterdir():
+        copy = new / source.name
+        if source.is_dir() and not source.is_symlink():
+            if source.name in written or source.is_mount():
+                raise IsADirectoryError(f"{source} is a directory in the way. Move it, or write to another directory.")
+            copy.mkdir()
+            _carry_over(source, copy)
+            shutil.copystat(source, copy)
+        elif source.name not in written:
+            _link(source, copy)
+
+
+def _link(source: Path, copy: Path) -> None:
+    """The same file under another name; a copy where the system or the file system has no such links."""
+    try:
+        if not source.is_symlink():
+            return os.link(source, copy)
+    except OSError:
+        pass
+    shutil.copy2(source, copy, follow_symlinks=False)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -5,7 +5,8 @@ Shapes: `...` any leading dimensions, `D` in_features, `E` out_features, `R` ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -194,3 +195,19 @@ def make_adapter(
     if config.share_down:
         return branch(tuple(sorted(pair for rows in parts.values() for pair in rows)))
     return SplitAdapter({name: branch(rows) for name, rows in parts.items()})
+
+
+@torch.no_grad()
+def as_one_lora(branches: Sequence[LowRankAdapter], out_features: int) -> tuple[Tensor, Tensor, float]:
+    """(A, B, alpha) of one LoRA equal to the sum of linear branches: A (R, D), B (E, R), R the sum of their ranks."""
+    first, ups = branches[0], []  # the parts of one layer have the same config
+    for branch in branches:
+        up = branch.lora_B if branch.config.modulation == "none" else branch.lora_B * branch.get_parameter("v")
+        if branch.rows is not None:
+            places = torch.cat([torch.arange(*pair, device=up.device) for pair in branch.rows])
+            up = up.new_zeros(out_features, up.shape[1]).index_copy(0, places, up)
+        ups.append(up)
+    down, up = torch.cat([branch.lora_A for branch in branches]), torch.cat(ups, dim=1)
+    if len(branches) == 1:  # exactly what was asked for
+        return down, up, first.config.rank if first.config.alpha is None else first.config.alpha
+    return down, up, first.scale * (math.sqrt(len(down)) if first.config.rank_stabilized else len(down))

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import timm
@@ -116,12 +117,23 @@ def test_without_adapters_what_trains_is_kept(tmp_path: Path, method: str) -> No
     assert torch.equal(load_adapter(base(), tmp_path / "a")(x), model(x))
 
 
-def test_an_existing_directory_is_replaced_whole(saved: Path) -> None:
-    (saved / "leftover").write_text("x")
-    save_adapter(trained(), saved)
-    assert not (saved / "leftover").exists() and [p.name for p in saved.parent.iterdir()] == ["adapter"]
+def test_an_existing_adapter_is_replaced_and_what_lies_beside_it_stays(saved: Path) -> None:
+    (saved / "log.txt").write_text("x")
+    save_adapter(nolora_vision.inject(base(), rank=5), saved)
+    assert read_adapter_config(saved)["adapter"]["rank"] == 5
+    assert (saved / "log.txt").read_text() == "x" and [p.name for p in saved.parent.iterdir()] == ["adapter"]
     if os.name == "posix":
         assert (saved / "adapter_config.json").stat().st_mode & 0o400
+
+
+@pytest.mark.parametrize("format", ["nolora", "peft"])
+def test_a_directory_that_is_no_adapters_keeps_its_readme(tmp_path: Path, format: Literal["nolora", "peft"]) -> None:
+    model = nolora_vision.inject(base(), nonlinearity="identity", modulation="none")
+    (tmp_path / "README.md").write_text("my project")
+    with pytest.raises(CheckpointError, match=r"has a README\.md but no adapter_config\.json.* Choose a new directory"):
+        save_adapter(model, tmp_path, format=format)
+    assert (tmp_path / "README.md").read_text() == "my project" and len(list(tmp_path.iterdir())) == 1
+    save_adapter(model, tmp_path / "adapter", format=format)
 
 
 def test_a_failed_save_leaves_the_old_one_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,71 @@ def test_a_save_killed_between_two_renames_is_found_and_mended(tmp_path: Path) -
     write_directory(target, NEW)
     assert whole_directory(target) == target and contents(target) == NEW
     write_directory(target, OLD)
-    assert contents(target) == OLD
+    assert contents(target) == NEW | OLD
+
+
+def with_foreign_entries(target: Path) -> None:
+    (target / "log.txt").write_text("mine")
+    (target / "sub" / "deep").mkdir(parents=True)
+    (target / "sub" / "deep" / "ckpt.pt").write_bytes(b"mine")
+    (target / "link").symlink_to("log.txt")
+    (target / "lost").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_else_is_there_stays(target: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise PermissionError("no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    with_foreign_entries(target)
+    with (target / "log.txt").open("a") as log:
+        write_directory(target, NEW)
+        log.write(", and more")
+    assert {name: (target / name).read_bytes() for name in NEW} == NEW
+    assert (target / "log.txt").read_text() == ("mine, and more" if links else "mine")
+    assert (target / "sub" / "deep" / "ckpt.pt").read_bytes() == b"mine"
+    assert (target / "link").readlink() == Path("log.txt") and (target / "lost").readlink() == Path("nowhere")
+    assert [path.name for path in target.parent.iterdir()] == ["x[1]"]
+
+
+def test_what_cannot_be_carried_over_leaves_all_as_it_was(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with_foreign_entries(target)
+    monkeypatch.setattr(room, "_link", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_directory(target, NEW)
+    assert (target / "a").read_bytes() == b"old" and (target / "sub" / "deep" / "ckpt.pt").exists()
+    assert [path.name for path in target.parent.iterdir()] == ["x[1]"]
+
+
+def test_a_directory_by_a_files_name_stays(target: Path) -> None:
+    (target / "c").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"c is a directory in the way\. Move it, or write to another"):
+        write_directory(target, NEW)
+    assert (target / "a").read_bytes() == b"old" and (target / "c").is_dir()
+
+
+def test_what_else_was_in_a_save_killed_between_two_renames_comes_back(tmp_path: Path) -> None:
+    target = write_directory(tmp_path / "a", OLD)
+    with_foreign_entries(target)
+    target.rename(room._aside(target))
+    write_directory(target, NEW)
+    assert (target / "log.txt").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_stays_one_and_its_target_gets_the_files(target: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    latest = tmp_path / "elsewhere" / "latest"
+    latest.symlink_to(Path("..") / target.name)
+    assert write_directory(latest, NEW) == latest and contents(target) == NEW
+    assert latest.is_symlink() and [path.name for path in latest.parent.iterdir()] == ["latest"]
+    target.rename(room._aside(target))
+    assert contents(whole_directory(latest)) == NEW
 
 
 WRITER = """
