@@ -55,7 +55,7 @@ def mixed(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[nn.
             stack.enter_context(_mixing(bare.get_submodule(path), adapters, groups))
         for path in shelf.bare.heads:
             worn = bare.get_submodule(path)
-            heads = {name: fitted(outfit.heads[path], worn) for name, outfit in outfits.items()}
+            heads = {name: fitted(outfit.heads[path], worn).train(worn.training) for name, outfit in outfits.items()}
             hook = worn.register_forward_hook(_MixedHead(heads, groups))
             stack.callback(hook.remove)
         yield model
@@ -145,6 +145,7 @@ def _mixing(layer: nn.Module, adapters: Mapping[str | None, Adapter | None], gro
     for adapter in adapters.values():
         if adapter is not None:
             wear_adapter(layer, adapter) if bare else adapter.to(layer.get_parameter("weight").device)
+            adapter.train(layer.training)  # one that is not set keeps the mode in which it was added
     layer.mixture = _Mixture(adapters, groups)  # type: ignore[assignment]
     try:
         yield

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import nolora_vision
 from nolora_vision import add_adapter, load_adapter, mixed, remove_adapter, save_adapter, set_adapter
 from nolora_vision.surgery.adapter import adapted_layers
+from tests.families import FAMILIES
 
 
 def base(num_classes: int = 7, name: str = "test_vit", **options: Any) -> nn.Module:
@@ -230,6 +231,21 @@ def test_a_mixed_batch_is_as_apart(saved, x: Tensor) -> None:
     with torch.no_grad(), mixed(model, ["a", "mlp"]):
         got = model(x[:2])
     torch.testing.assert_close(got[0, :7], expected["a"][0], atol=2e-5, rtol=2e-5)
+
+
+def test_adapters_and_heads_that_are_not_set_mix_in_the_models_mode(tmp_path: Path) -> None:
+    """Dropout and noise of adapters, and the BatchNorm in LeViT's head, do in evaluation what evaluation does."""
+    model, expected = FAMILIES["levit"].build(), {}
+    plain, x = copy.deepcopy(model.eval()), FAMILIES["levit"].images(3)
+    model.train()
+    for seed, targets in enumerate(("qkv", "mlp")):
+        one = nolora_vision.inject(copy.deepcopy(plain), targets=targets, dropout=0.5, modulation_noise=1.0)
+        directory = save_adapter(randomise(one, seed), tmp_path / f"{seed}")
+        expected[f"{seed}"] = one(x).detach()
+        add_adapter(model, f"{seed}", directory)
+    check_mixed(model.eval(), ["1", "0", "1"], x, expected)
+    set_adapter(model, None)
+    check_mixed(model, ["1", "0", "1"], x, expected)
 
 
 def test_every_family_mixes(family, tmp_path: Path) -> None:
