@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nolora_vision.adapters.outfit import Outfit, fitted, refresh_active, shelf_of, wear_adapter
+from nolora_vision.adapters.outfit import Outfit, Shelf, fitted, refresh_active, shelf_of, wear_adapter
 from nolora_vision.surgery.adapter import ADAPTED_LAYERS, adapted_layers
 from nolora_vision.surgery.disabling import is_disabled
 from nolora_vision.surgery.inject import InjectionError
 from nolora_vision.surgery.low_rank_adapter import Adapter
 from nolora_vision.surgery.modulation_noise import batch_of
-from nolora_vision.surgery.sites import BYPASS_FLAG
+from nolora_vision.surgery.sites import BYPASS_FLAG, inside
 from nolora_vision.surgery.wrappers import bare_model
 
 Groups = Mapping[str | None, Tensor]
@@ -27,7 +27,8 @@ def mixed(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[nn.
     """Inside the block the model takes batches in which every sample has an adapter of its own.
 
     The frozen layers run once for the whole batch. Outputs are those of running each adapter's samples apart, to
-    rounding; where the heads differ in classes, the rest of a row is −∞.
+    rounding; where the heads differ in classes, the rest of a row is −∞. Not for several threads at once: the model
+    itself is changed for the time of the block, or of a call with `adapter_names=`.
 
     Args:
         model: with adapters added by `add_adapter`.
@@ -35,7 +36,7 @@ def mixed(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[nn.
 
     Raises:
         ValueError: if a name is unknown, or the batch has another size.
-        InjectionError: if one of the adapters has BatchNorm statistics of its own, which a batch cannot mix.
+        InjectionError: if the adapters differ in BatchNorm statistics, which a batch cannot mix.
     """
     bare = bare_model(model)
     shelf = shelf_of(bare)
@@ -43,9 +44,9 @@ def mixed(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[nn.
         raise ValueError(f"adapter_names must be one name for each sample, got {adapter_names!r}.")
     refresh_active(bare, shelf)
     outfits = {name: shelf.outfit(name) for name in dict.fromkeys(adapter_names)}
-    _refuse_statistics(outfits)
     groups = {name: torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name]) for name in outfits}
     with ExitStack() as stack:
+        stack.enter_context(_statistics_on(bare, shelf, outfits))
         stack.enter_context(_flags_on(bare, outfits))
         paths = [*adapted_layers(bare), *(path for outfit in outfits.values() for path in outfit.adapters)]
         if is_disabled(bare):
@@ -54,10 +55,7 @@ def mixed(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[nn.
             adapters = {name: outfit.adapters.get(path) for name, outfit in outfits.items()}
             stack.enter_context(_mixing(bare.get_submodule(path), adapters, groups))
         for path in shelf.bare.heads:
-            worn = bare.get_submodule(path)
-            heads = {name: fitted(outfit.heads[path], worn).train(worn.training) for name, outfit in outfits.items()}
-            hook = worn.register_forward_hook(_MixedHead(heads, groups))
-            stack.callback(hook.remove)
+            stack.enter_context(_head_on(bare, path, outfits, groups))
         yield model
 
 
@@ -109,21 +107,38 @@ class _Mixture:
         return out
 
 
-class _MixedHead:
-    """A forward hook of the classifier: each group's features through its own head, as wide as the widest."""
+class _MixedHead(nn.Module):
+    """In the classifier's place: each group's features through its own head, as wide as the widest.
+
+    A module and no hook: compiled models look at what module is there, not at hooks that come later.
+    """
 
     def __init__(self, heads: Mapping[str | None, nn.Module], groups: Groups) -> None:
-        self.heads, self.groups = heads, groups
+        super().__init__()
+        self.heads, self.groups = dict(heads), groups  # not as children: they stay those of their adapters
 
-    def __call__(self, _head: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        (features,) = inputs
+    def forward(self, features: Tensor) -> Tensor:
+        """features: (n, D, …) → (n, most classes, …), −∞ where a row's head has fewer."""
         rows = _rows(self.groups, len(features), features.device)
-        parts = {name: self.heads[name].forward(features[own]) for name, own in rows.items()}
-        width = max(part.shape[1] for part in parts.values())
-        out = output.new_full((len(features), width, *output.shape[2:]), float("-inf"))
+        parts = {name: self.heads[name](features[own]) for name, own in rows.items()}
+        width, like = max(part.shape[1] for part in parts.values()), next(iter(parts.values()))
+        out = like.new_full((len(features), width, *like.shape[2:]), float("-inf"))
         for name, own in rows.items():
             out[own, : parts[name].shape[1]] = parts[name].to(out.dtype)
         return out
+
+
+@contextmanager
+def _head_on(bare: nn.Module, path: str, outfits: Mapping[str | None, Outfit], groups: Groups) -> Iterator[None]:
+    """Put the heads of all in the place of the one that the model wears."""
+    owner, _, name = path.rpartition(".")
+    worn = bare.get_submodule(path)
+    heads = {key: fitted(outfit.heads[path], worn).train(worn.training) for key, outfit in outfits.items()}
+    setattr(bare.get_submodule(owner), name, _MixedHead(heads, groups).train(worn.training))
+    try:
+        yield
+    finally:
+        setattr(bare.get_submodule(owner), name, worn)
 
 
 def _rows(groups: Groups, length: int, device: torch.device) -> dict[str | None, Tensor]:
@@ -170,10 +185,37 @@ def _flags_on(model: nn.Module, outfits: Mapping[str | None, Outfit]) -> Iterato
             setattr(model.get_submodule(path), BYPASS_FLAG, flag)
 
 
-def _refuse_statistics(outfits: Mapping[str | None, Outfit]) -> None:
-    own = [name for name, outfit in outfits.items() if outfit.statistics]
-    if own and len(outfits) > 1:
-        raise InjectionError(
-            f"{own[0]!r} has BatchNorm statistics of its own, which a batch cannot mix. Run its samples apart with "
-            f"set_adapter."
-        )
+@contextmanager
+def _statistics_on(bare: nn.Module, shelf: Shelf, outfits: Mapping[str | None, Outfit]) -> Iterator[None]:
+    """Put the BatchNorm statistics of the adapters in the place of those that the model wears, if they differ.
+
+    Raises:
+        InjectionError: if the adapters differ in them.
+    """
+    heads = tuple(shelf.bare.heads)  # have their own, and each adapter its head
+    worn = {name: bare.get_buffer(name) for name in shelf.bare.statistics if not inside(name, heads)}
+    wanted = {key: _statistics_of(outfit, shelf, worn) for key, outfit in outfits.items()}
+    (first, ours), *others = wanted.items()
+    for name, theirs in others:
+        if any(not torch.equal(ours[buffer], theirs[buffer]) for buffer in worn):
+            raise InjectionError(
+                f"{first!r} and {name!r} differ in BatchNorm statistics, which a batch cannot mix. Run their samples "
+                f"apart with set_adapter."
+            )
+    places = [(bare.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], name) for name in worn]
+    changed = [place for place in places if not torch.equal(ours[place[2]], worn[place[2]])]
+    try:
+        for module, attribute, name in changed:  # others in their place: the backward pass may need those before
+            setattr(module, attribute, ours[name].clone())
+        yield
+    finally:
+        for module, attribute, name in changed:
+            setattr(module, attribute, worn[name])
+
+
+def _statistics_of(outfit: Outfit, shelf: Shelf, worn: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """By buffer name, those of an adapter; of the one that is set as training may have moved them since."""
+    if outfit is shelf.outfit(shelf.active):
+        return worn
+    found = {name: outfit.statistics.get(name, shelf.bare.statistics[name]) for name in worn}
+    return {name: t.to(worn[name].device, worn[name].dtype) for name, t in found.items()}

@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -314,12 +314,38 @@ def test_statistics_are_worn_too_and_cannot_be_mixed(tmp_path: Path) -> None:
             wanted = load_adapter(base(name="levit_128s"), directories[seed])(x)
             assert torch.equal(set_adapter(model, f"{seed}")(x), wanted)
         assert torch.equal(set_adapter(model, None)(x), plain)
-        with pytest.raises(nolora_vision.InjectionError, match="'1' has BatchNorm statistics of its own"):
+        with pytest.raises(
+            nolora_vision.InjectionError, match="'0' and '1' differ in BatchNorm statistics, which a batch"
+        ):
             model(x, adapter_names=["0", "1"])
     other = nolora_vision.inject(base(name="levit_128s"), rank=2)
     other.train()(torch.randn(2, 3, 224, 224))
     with pytest.raises(nolora_vision.CheckpointError, match="statistics moved while the adapters"):
         add_adapter(other, "0", directories[0])
+
+
+def test_a_mixed_batch_has_the_statistics_of_its_adapters(tmp_path: Path) -> None:
+    """Whichever is set: those that differ are put on for the batch, and the set one's come back."""
+    model = FAMILIES["levit"].build().eval()
+    plain, x, expected = copy.deepcopy(model), FAMILIES["levit"].images(3), {}
+    for seed, name in enumerate(("still", "still too", "moved")):
+        one = randomise(nolora_vision.inject(copy.deepcopy(plain), rank=2), seed)
+        if name == "moved":
+            one.train()(FAMILIES["levit"].images(4))
+        expected[name] = one.eval()(x).detach()
+        add_adapter(model, name, save_adapter(one, tmp_path / name))
+    expected[None] = plain(x).detach()
+    for active in ("moved", "still", None):
+        set_adapter(model, active)
+        for names in (["moved"] * 3, ["still", "still too", "still"], [None, "still", None]):
+            check_mixed(model, names, x, expected)
+            with torch.no_grad():
+                assert torch.equal(model(x), expected[active])
+        with pytest.raises(nolora_vision.InjectionError, match="'moved' and 'still' differ in BatchNorm statistics"):
+            model(x, adapter_names=["moved", "still", "moved"])
+    out = set_adapter(model, "still")(x, adapter_names=["moved"] * 3)
+    out.sum().backward()
+    assert all(p.grad is not None for p in nolora_vision.adapter_parameters(set_adapter(model, "moved")))
 
 
 # -------------------------------------------------------------------------------------------------------------- compile
@@ -353,6 +379,23 @@ def test_a_compiled_model_is_not_compiled_again(saved, x: Tensor) -> None:
             set_adapter(compiled, name)
             assert torch.allclose(compiled(x), alone(saved[name], x), atol=1e-6)
         assert len(counts) == 1, "swapping compiled the model again"
+
+
+@torch.no_grad()
+def test_a_compiled_model_mixes_heads_alone(tmp_path: Path, x: Tensor) -> None:
+    model, expected = base(), {None: base()(x)}
+    for seed, name in enumerate("ab"):
+        head = base(3 + seed)
+        nolora_vision.freeze_backbone(head)
+        expected[name] = randomise(head, seed)(x)
+        add_adapter(model, name, save_adapter(head, tmp_path / name))
+    with counting_compilations():
+        compiled = torch.compile(set_adapter(model, None), backend="eager")
+        for names in (None, ["a", "b", "a", None, "b"], None, ["b", "b", "a", "a", None]):
+            with mixed(compiled, names) if names else nullcontext():
+                got = compiled(x)
+            for i, name in enumerate(names or [None] * 5):
+                torch.testing.assert_close(got[i, : expected[name].shape[1]], expected[name][i], atol=2e-5, rtol=2e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
