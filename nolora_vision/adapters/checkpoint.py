@@ -259,11 +259,9 @@ def _refuse_other_tensors(model: nn.Module, state: Mapping[str, Tensor], source:
     own, heads = bare_state(model), classifier_paths(model)
     adapted = is_injected(model) or any(True for _ in adapter_parameters(model))
     wanted = trained_state(model) if adapted else {n: t for n, t in own.items() if inside(n, heads)}
-    missing = sorted(
-        name
-        for name, t in wanted.items()
-        if name not in state and isinstance(t, nn.Parameter) and (head or not inside(name, heads))
-    )
+    absent = sorted(name for name in wanted if name not in state and (head or not inside(name, heads)))
+    missing = [name for name in absent if isinstance(wanted[name], nn.Parameter)]
+    moved = [name for name in absent if adapted and name not in missing]
     unknown = sorted(name for name in state if name not in own)
     shapes = [
         f"{name}: {tuple(t.shape)}, the model has {tuple(own[name].shape)}"
@@ -277,6 +275,7 @@ def _refuse_other_tensors(model: nn.Module, state: Mapping[str, Tensor], source:
     ]
     problems = (("missing", missing), ("not in the model", unknown), ("of another shape", shapes))
     problems += (("of another kind of number", kinds),)
+    problems += (("that moved on this model and it does not bring (load it onto a fresh model)", moved),)
     lines = [f"  - {len(n)} {what}: {', '.join(n[:4])}{' …' if len(n) > 4 else ''}" for what, n in problems if n]
     if lines:
         raise AdapterMismatchError(f"{source} does not fit this model:\n" + "\n".join(lines))

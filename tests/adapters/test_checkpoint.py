@@ -68,6 +68,24 @@ def test_statistics_that_moved_travel_along(tmp_path: Path) -> None:
     assert any("running_mean" in name for name in load_file(tmp_path / "a" / "adapter_model.safetensors"))
 
 
+def test_statistics_that_another_adapter_moved_are_not_taken_over(tmp_path: Path) -> None:
+    def levit() -> nn.Module:
+        torch.manual_seed(5)
+        return timm.create_model("levit_128s", num_classes=7)
+
+    still = save_adapter(nolora_vision.inject(levit(), rank=2), tmp_path / "still")
+    model = nolora_vision.inject(levit(), rank=2)
+    model.train()(torch.randn(2, 3, 224, 224))
+    moved = save_adapter(model, tmp_path / "moved")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"that moved on this model and it does not bring \(load it onto a fresh"):
+        load_adapter(model, still)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    for directory in (still, moved, moved):
+        other = load_adapter(levit(), directory)
+        load_adapter(other, moved)
+
+
 def swin() -> nn.Module:
     """Small, and with the bypass that the cure is for."""
     torch.manual_seed(5)
