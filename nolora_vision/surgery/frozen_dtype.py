@@ -89,7 +89,7 @@ def hold_frozen(model: nn.Module, dtype: torch.dtype, *, keep_original: bool = T
 def release_frozen(model: nn.Module) -> bool:
     """Undo `hold_frozen`: weights of their own type again, exactly as before if the originals were kept.
 
-    Otherwise they stay rounded to the type that they were held in.
+    Otherwise they stay rounded to the type that they were held in, and so do those that were loaded or trained since.
 
     Returns:
         Whether anything was held.
@@ -101,14 +101,21 @@ def release_frozen(model: nn.Module) -> bool:
     own = bare_state(bare)
     for name, weight in held.weights.items():
         if name in own:
-            source = own[name].data if weight.original is None else weight.original
-            own[name].data = source.to(own[name].device, weight.dtype)
+            own[name].data = _before(own[name].data, weight, held.dtype).to(weight.dtype)
     for hooks, hook in ((bare._forward_pre_hooks, _enter_autocast), (bare._forward_hooks, _leave_autocast)):
         for key in [key for key, found in hooks.items() if found is hook]:
             del hooks[key]
             bare._forward_hooks_always_called.pop(key, None)
     delattr(bare, HELD)
     return True
+
+
+def _before(now: Tensor, weight: HeldWeight, dtype: torch.dtype) -> Tensor:
+    """The original on the weight's device, if it was kept and what is there now is still the original, rounded."""
+    if weight.original is None:
+        return now
+    original = weight.original.to(now.device)
+    return original if now.is_meta or torch.equal(original.to(dtype).to(now.dtype), now) else now
 
 
 def no_longer_held(model: nn.Module, names: Iterable[str]) -> None:

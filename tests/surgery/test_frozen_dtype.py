@@ -239,3 +239,21 @@ def test_mistakes_are_named() -> None:
     hold_frozen(model, torch.bfloat16)
     with pytest.raises(ValueError, match=r"held in torch\.bfloat16 already\. Call release_frozen"):
         hold_frozen(model, torch.float16)
+
+
+def test_release_keeps_what_was_put_into_held_weights(tmp_path: Path) -> None:
+    model, other = adapted(), adapted()
+    before = state(model)
+    hold_frozen(model, torch.bfloat16)
+    with torch.no_grad():
+        model.get_parameter("blocks.0.mlp.fc1.weight").mul_(2)
+    release_frozen(model)
+    after = state(model)
+    assert torch.equal(after["blocks.0.mlp.fc1.weight"], 2 * before["blocks.0.mlp.fc1.weight"].bfloat16().float())
+    assert all(torch.equal(after[name], t) for name, t in before.items() if name != "blocks.0.mlp.fc1.weight")
+    with torch.no_grad():
+        other.get_parameter("blocks.0.attn.qkv.bias").add_(1)
+    hold_frozen(model, torch.bfloat16)
+    model.float().load_state_dict(other.state_dict())
+    nolora_vision.eject(model)
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items() if "blocks" in name)
