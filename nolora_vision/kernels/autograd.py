@@ -262,9 +262,11 @@ def by_hand(
 def _through_the_definition(
     x: Tensor, weight: Tensor | None, branches: Sequence[LowRank], dy: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
+    """The gradients as functions, in the types of the forward pass: dy has that of its products, autocast on or not."""
     inputs = [x, *(t for branch in branches for t in operands_of(branch))]
-    base = dy.new_zeros(*x.shape[:-1], dy.shape[-1]) if weight is None else Frozen(weight, None)
-    y = eager.low_rank_delta(x, base, branches).to(dy.dtype).view(dy.shape)
+    with _AutocastOff(dy.device.type):
+        base = dy.new_zeros(*x.shape[:-1], dy.shape[-1]) if weight is None else Frozen(cast(weight, dy.dtype), None)
+        y = eager.low_rank_delta(cast(x, dy.dtype), base, branches).view(dy.shape)
     asked = [t for t, asks in zip(inputs, wanted, strict=True) if asks]
     source = iter(torch.autograd.grad(y, asked, dy, create_graph=True, allow_unused=True))
     return [next(source) if asks else None for asks in wanted]

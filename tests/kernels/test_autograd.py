@@ -75,6 +75,31 @@ def test_second_derivatives_go_through_the_definition(nonlinearity: str, modulat
     assert torch.autograd.gradgradcheck(run, (x, *operands_of(branch)))
 
 
+@pytest.mark.parametrize("modulation", ["none", "gate"])
+@pytest.mark.parametrize("given", [False, True], ids=["layer", "base"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_second_derivatives_after_autocast_are_the_definitions(modulation: str, given: bool, inside: bool) -> None:
+    """The backward pass comes outside autocast, as it should, or inside."""
+    torch.manual_seed(0)
+    made = make_branch("identity" if modulation == "none" else "swish", modulation, d=6, e=8, r=2)
+    operands = [t.detach().float() for t in operands_of(made)]
+    x, weight, base = torch.randn(3, 5, 6), torch.randn(8, 6), torch.randn(3, 5, 8).bfloat16()
+
+    def run(delta: Any) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, *operands)]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = delta(leaves[0], base if given else Frozen(weight, None), rebuilt([made], leaves[1:]))
+            loss = y.float().square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        return [*first, *second]
+
+    for got, wanted in zip(run(autograd.low_rank_delta), run(eager.low_rank_delta), strict=True):
+        assert got.dtype == wanted.dtype == torch.float32
+        torch.testing.assert_close(got, wanted, atol=TOLERANCE[torch.bfloat16] * float(wanted.detach().abs().max()), rtol=0)
+
+
 # The same products in the same types, by another library or the other way round, dx in one buffer, rows gathered after
 # the product; of the largest entry:
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
