@@ -33,6 +33,7 @@ from nolora_vision.kernels import low_rank_delta as low_rank_delta
 from nolora_vision.kernels import use_backend as use_backend
 from nolora_vision.surgery.adapter import NoLoRAConv2d as NoLoRAConv2d
 from nolora_vision.surgery.adapter import NoLoRALinear as NoLoRALinear
+from nolora_vision.surgery.fold import fold as fold
 from nolora_vision.surgery.frozen_dtype import hold_frozen as hold_frozen
 from nolora_vision.surgery.frozen_dtype import release_frozen as release_frozen
 from nolora_vision.surgery.groups import adapter_parameters as adapter_parameters
@@ -40,7 +41,6 @@ from nolora_vision.surgery.groups import head_parameters as head_parameters
 from nolora_vision.surgery.groups import param_groups as param_groups
 from nolora_vision.surgery.inject import disabled as disabled
 from nolora_vision.surgery.inject import eject as eject
-from nolora_vision.surgery.inject import fold as fold
 from nolora_vision.surgery.inject import freeze_backbone as freeze_backbone
 from nolora_vision.surgery.inject import inject as inject
 from nolora_vision.surgery.low_rank_adapter import LowRankAdapter as LowRankAdapter

@@ -18,13 +18,14 @@ from nolora_vision.adapters.adapter_files import (
     write_adapter_files,
 )
 from nolora_vision.adapters.card import model_card
-from nolora_vision.adapters.description import INFO, describe, refuse_other_weights
+from nolora_vision.adapters.description import describe, info_of, refuse_other_weights
 from nolora_vision.adapters.peft_format import is_peft, read_peft, write_peft
 from nolora_vision.config import AdapterConfig, ConfigError
 from nolora_vision.surgery.applied import applied_to
 from nolora_vision.surgery.frozen_dtype import LOADED, no_longer_held
 from nolora_vision.surgery.groups import adapter_parameters, parameter_kind
 from nolora_vision.surgery.inject import (
+    INFO,
     SHELF,
     batches_tracked,
     inject,
@@ -97,7 +98,8 @@ def load_adapter(model: Model, directory: str | Path, *, head: bool = True, chec
 
     Args:
         directory: written by `save_adapter`, or by PEFT for a LoRA on a timm model.
-        head: False leaves the model's own classifier, which may have other classes.
+        head: False leaves the model's own classifier, which may have other classes, and what is said of it: names,
+            metrics and metadata.
         check_backbone: False accepts another pretrained tag and other frozen weights than the adapter was trained on.
 
     Raises:
@@ -163,10 +165,18 @@ def apply_adapter(
     with torch.no_grad():
         for name, t in state.items():
             own[name].copy_(t)
-    setattr(model, INFO, dict(config))
+    setattr(model, INFO, dict(config) if head else {**config, **_said_of_head(model)})
     model.__dict__.pop(LOADED, None)
     if brought:
         setattr(model, LOADED, tuple(brought))
+
+
+def _said_of_head(model: nn.Module) -> dict[str, Any]:
+    """What the model says of its own head, not what an adapter of another one does."""
+    before, classes = info_of(model), getattr(model, "num_classes", None)
+    names = before.get("class_names") if before.get("num_classes") == classes else None
+    measured = {key: before.get(key, {}) for key in ("metrics", "metadata")}
+    return {"num_classes": classes, "class_names": names, **measured}
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

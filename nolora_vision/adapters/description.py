@@ -13,12 +13,10 @@ from nolora_vision.adapters.adapter_files import FORMAT_VERSION, AdapterMismatch
 from nolora_vision.adapters.model_kwargs import image_size_of, own_kwargs
 from nolora_vision.surgery.applied import applied_to
 from nolora_vision.surgery.frozen_dtype import held_in, sample_of, spread_values
-from nolora_vision.surgery.inject import injection_of, is_injected
+from nolora_vision.surgery.inject import INFO, injection_of, is_injected
 from nolora_vision.surgery.sites import find_sites
 from nolora_vision.surgery.wrappers import bare_model, bare_name, bare_state
 
-INFO = "_nolora_info"
-"""Attribute of a model: the config of the adapter that was loaded last, so that saving again keeps what it said."""
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 

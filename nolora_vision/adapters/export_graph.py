@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from nolora_vision.adapters.model_kwargs import image_size_of
 from nolora_vision.adapters.pretrained import preprocessing_of
 from nolora_vision.surgery.adapter import adapted_layers
+from nolora_vision.surgery.fold import fold, tied_weight
 from nolora_vision.surgery.frozen_dtype import release_frozen
-from nolora_vision.surgery.inject import fold, is_injected
+from nolora_vision.surgery.inject import SHELF, is_injected
 
 BATCHES = (1, 2, 3)
 """Sizes at which a file is compared with eager: one alone would not tell a fixed batch from a dynamic one."""
@@ -95,11 +96,19 @@ def probe_images(preprocessing: Mapping[str, Any], normalize: bool) -> list[Tens
 
 
 def fold_where_possible(model: nn.Module) -> None:
-    """Put v and s into B; and into W what is linear, unless some adapter is switched off, which must stay off."""
+    """Put v and s into B; and into W what is linear, unless some adapter is switched off, which must stay off.
+
+    Adapters beside the one that is set are taken off: the model is a copy for export.
+    """
+    shelf = getattr(model, SHELF, None)
+    if shelf is not None:
+        shelf.close()
+        delattr(model, SHELF)
     layers = adapted_layers(model).values()
     linear = all(branch.is_linear for layer in layers for branch in layer.adapter.branches())
     if is_injected(model):
-        fold(model, merge=linear and all(layer.adapter_enabled for layer in layers))
+        merge = linear and all(layer.adapter_enabled for layer in layers) and not tied_weight(model)
+        fold(model, merge=merge)
 
 
 @torch.no_grad()

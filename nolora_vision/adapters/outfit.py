@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nolora_vision.adapters.description import INFO
 from nolora_vision.config import did_you_mean
 from nolora_vision.surgery.adapter import ADAPTED_LAYERS, adapted_layers, adapted_type
 from nolora_vision.surgery.disabling import stay_disabled
-from nolora_vision.surgery.inject import RECORD, SHELF, Injection, InjectionError, tell_images
+from nolora_vision.surgery.inject import INFO, RECORD, SHELF, Injection, InjectionError, tell_images
 from nolora_vision.surgery.low_rank_adapter import Adapter
 from nolora_vision.surgery.sites import BYPASS_FLAG, classifier_paths, inside
 

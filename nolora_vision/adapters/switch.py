@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nolora_vision.adapters.adapter_files import AdapterMismatchError
 from nolora_vision.adapters.checkpoint import apply_adapter, read_any_adapter, trained_state
-from nolora_vision.adapters.description import INFO
 from nolora_vision.adapters.mixing import AdapterNames
 from nolora_vision.adapters.outfit import (
     Outfit,
@@ -27,7 +26,7 @@ from nolora_vision.adapters.pretrained import find_adapter
 from nolora_vision.surgery.adapter import adapted_layers
 from nolora_vision.surgery.frozen_dtype import release_frozen
 from nolora_vision.surgery.groups import parameter_kind
-from nolora_vision.surgery.inject import RECORD, SHELF, freeze_backbone, is_injected, require_as_before
+from nolora_vision.surgery.inject import INFO, RECORD, SHELF, freeze_backbone, is_injected, require_as_before
 from nolora_vision.surgery.sites import classifier_paths
 from nolora_vision.surgery.wrappers import bare_model
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from nolora_vision.methods.catalogue import METHODS, MethodError
 from nolora_vision.surgery.applied import APPLIED, applied_to
+from nolora_vision.surgery.fold import fold, tied_weight
 from nolora_vision.surgery.frozen_dtype import release_frozen
-from nolora_vision.surgery.inject import fold
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +31,7 @@ def merge_for_inference(model: Model) -> Model:
     group = METHODS[applied.method].group
     if group == "ours":
         linear = applied.adapter.nonlinearity == "identity" and applied.adapter.modulation != "gate"
-        return fold(model, merge=linear)
+        return fold(model, merge=linear and not tied_weight(model))
     if group == "peft":
         release_frozen(model)  # so that the update is not rounded to the type of a held weight
         for path in applied.layers:

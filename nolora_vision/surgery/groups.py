@@ -11,7 +11,7 @@ from nolora_vision.config import AdapterConfig
 from nolora_vision.surgery.adapter import adapted_layers
 from nolora_vision.surgery.applied import Applied, applied_to
 from nolora_vision.surgery.sites import classifier_paths, inside
-from nolora_vision.surgery.wrappers import bare_name
+from nolora_vision.surgery.wrappers import bare_model, bare_name
 
 DECAYED = ("lora_A", "lora_B", "gate_weight")
 """The matrices of an adapter; v, θ and c are not decayed, as decay would pull f away from its form."""
@@ -19,6 +19,7 @@ DECAYED = ("lora_A", "lora_B", "gate_weight")
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """A, B, v, θ, G and c of every adapter, in the model's order; of a peer's adapters what they have."""
+    model = bare_model(model)
     for layer in adapted_layers(model).values():
         yield from layer.adapter.parameters()
     applied = applied_to(model)
@@ -28,6 +29,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The classifier's parameters, each once."""
+    model = bare_model(model)
     seen: set[nn.Parameter] = set()
     for path in classifier_paths(model):
         for parameter in model.get_submodule(path).parameters():
@@ -59,6 +61,7 @@ def param_groups(
     Raises:
         ValueError: if nothing trains.
     """
+    model = bare_model(model)
     heads = classifier_paths(model)
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     applied = applied_to(model) or Applied("", AdapterConfig())
@@ -72,7 +75,7 @@ def param_groups(
         elif kind == "adapter":
             decayed = name.rpartition(".")[2] in DECAYED
         else:
-            decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in spared
+            decayed = parameter.ndim > 1 and not bare.endswith(".bias") and bare not in spared
         kind = "adapter_b" if bare in applied.faster else kind
         members.setdefault(kind if decayed else f"{kind}_no_decay", []).append(parameter)
     if not members:

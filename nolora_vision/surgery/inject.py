@@ -1,4 +1,4 @@
-"""inject, eject, disabled, fold: what happens to a model, in place and undone without trace."""
+"""inject, eject, disabled: what happens to a model, in place and undone without trace."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from nolora_vision.config import AdapterConfig, ConfigError, did_you_mean
-from nolora_vision.surgery.adapter import AdaptedLayer, adapted_layers, adapted_type
+from nolora_vision.surgery.adapter import adapted_layers, adapted_type
 from nolora_vision.surgery.applied import APPLIED
 from nolora_vision.surgery.disabling import stay_disabled, without_adapters
 from nolora_vision.surgery.frozen_dtype import release_frozen
-from nolora_vision.surgery.low_rank_adapter import Adapter, LowRankAdapter, SplitAdapter, make_adapter
+from nolora_vision.surgery.low_rank_adapter import Adapter, make_adapter
 from nolora_vision.surgery.modulation_noise import follow_batch
 from nolora_vision.surgery.plan import InjectionError, PlannedAdapter, plan_adapters
 from nolora_vision.surgery.reach import prove_reach
@@ -27,6 +27,8 @@ Model = TypeVar("Model", bound=nn.Module)
 RECORD = "_nolora_injection"
 SHELF = "_nolora_shelf"
 """Attribute of a model that has several adapters; see `switch.py`."""
+INFO = "_nolora_info"
+"""Attribute of a model: the config of the adapter that was loaded last, so that saving again keeps what it said."""
 
 
 @dataclass(frozen=True)
@@ -103,22 +105,26 @@ def inject_alone(model: Model, config: AdapterConfig, example_input: Any | None 
 def eject(model: Model) -> Model:
     """Take the adapters out again: the original module objects, timm's flags and requires_grad as before `inject`.
 
-    Adapters that were added by name go with them, the set one and the others; the head stays that of the set one. Held
-    weights are released.
+    Adapters that were added by name go with them, the set one and the others; the head stays that of the set one, with
+    its class names; what was measured goes. Held weights are released.
 
     Raises:
         InjectionError: if the model has no adapters.
     """
-    shelf = getattr(model, SHELF, None)
-    if shelf is None or is_injected(model):
-        withdraw(model)
+    bare = bare_model(model)
+    shelf = getattr(bare, SHELF, None)
+    if shelf is None or is_injected(bare):
+        withdraw(bare)
     else:
-        require_as_before(model, shelf.required_grad)
-    release_frozen(model)
-    model.__dict__.pop(APPLIED, None)
+        require_as_before(bare, shelf.required_grad)
+    release_frozen(bare)
+    bare.__dict__.pop(APPLIED, None)
+    if hasattr(bare, INFO):
+        said = getattr(bare, INFO)
+        setattr(bare, INFO, {key: value for key, value in said.items() if key not in ("metrics", "metadata")})
     if shelf is not None:
         shelf.close()
-        delattr(model, SHELF)
+        delattr(bare, SHELF)
     return model
 
 
@@ -148,45 +154,18 @@ def disabled(model: Model) -> Iterator[Model]:
     So it does with adapters that are injected, loaded or set inside the block.
 
     Raises:
-        InjectionError: if the model has no adapters.
+        InjectionError: if the model has no adapters, on it or by name.
     """
-    injection_of(model)
-    with without_adapters(bare_model(model)):
+    bare = bare_model(model)
+    if not hasattr(bare, SHELF):  # with one and none set it computes so anyway
+        injection_of(bare)
+    with without_adapters(bare):
         yield model
-
-
-@torch.no_grad()
-def fold(model: Model, *, merge: bool = False) -> Model:
-    """Put v and the scale s into B, in place: the same outputs, for inference with less to do.
-
-    Args:
-        merge: also add the update to W and take the adapters out. Only a linear update (f = identity, no gate) is a
-            matrix that can be added.
-
-    Raises:
-        InjectionError: if the model has no adapters, or `merge` is asked of a nonlinear update; the model is unchanged.
-    """
-    record = injection_of(model)
-    layers = adapted_layers(model)
-    if merge:
-        for path, layer in layers.items():
-            _refuse_nonlinear_merge(path, layer.adapter)
-    for layer in layers.values():
-        for branch in layer.adapter.branches():
-            branch.fold_()
-    modulation = "none" if record.config.modulation == "vector" else record.config.modulation
-    folded = replace(record.config, alpha=None, alpha_pattern={}, rank_stabilized=False, modulation=modulation)
-    setattr(model, RECORD, replace(record, config=folded))
-    if merge:
-        release_frozen(model)  # so that the update is not rounded to the type of a held weight
-        for layer in layers.values():
-            _add_to_weight(layer)
-        eject(model)
-    return model
 
 
 def freeze_backbone(model: nn.Module) -> None:
     """Leave only adapters (if any) and the classifier trainable; without adapters this is a linear probe."""
+    model = bare_model(model)
     model.requires_grad_(False)
     for layer in adapted_layers(model).values():
         layer.adapter.requires_grad_(True)
@@ -219,7 +198,11 @@ def injection_of(model: nn.Module) -> Injection:
     """
     record = getattr(model, RECORD, None)
     if not isinstance(record, Injection):
-        raise InjectionError(f"{type(model).__name__} has no adapters. Call nolora_vision.inject(model) first.")
+        has = f"{type(model).__name__} has no adapters"
+        if hasattr(model, SHELF):
+            names = ", ".join(map(repr, getattr(model, SHELF).outfits))
+            raise InjectionError(f"{has} on it now. Call nolora_vision.set_adapter(model, name), with one of {names}.")
+        raise InjectionError(f"{has}. Call nolora_vision.inject(model) first.")
     return record
 
 
@@ -269,26 +252,3 @@ def _undo(model: nn.Module, cured: tuple[str, ...] | list[str]) -> None:
 
 def _is_adapter_parameter(name: str) -> bool:
     return ".adapter." in f".{name}"
-
-
-def _refuse_nonlinear_merge(path: str, adapter: LowRankAdapter | SplitAdapter) -> None:
-    for branch in adapter.branches():
-        if not branch.is_linear:
-            what = branch.config.nonlinearity if branch.config.nonlinearity != "identity" else "a gate"
-            raise InjectionError(
-                f"{path}: an update with {what} depends on its input, so no matrix equals it and it cannot be merged "
-                f"into W. Use fold(model) for faster inference, export with the adapter in the graph, or train with "
-                f"nonlinearity='identity' and no gate."
-            )
-
-
-def _add_to_weight(layer: AdaptedLayer) -> None:
-    weight = layer.get_parameter("weight")
-    total = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    matrix = total.view(total.shape[0], total.shape[1])
-    for branch in layer.adapter.branches():
-        update, start = branch.matrix().to(matrix.dtype), 0
-        for first, last in branch.rows or ((0, matrix.shape[0]),):
-            matrix[first:last] += update[start : start + last - first]
-            start += last - first
-    weight.copy_(total)

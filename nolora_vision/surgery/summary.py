@@ -10,6 +10,7 @@ from nolora_vision.surgery.adapter import adapted_layers
 from nolora_vision.surgery.applied import Applied, applied_to
 from nolora_vision.surgery.groups import adapter_parameters, head_parameters
 from nolora_vision.surgery.inject import injection_of, is_injected
+from nolora_vision.surgery.wrappers import bare_model
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Count what is adapted and what trains; works on any model, adapted or not."""
+    """Count what is adapted and what trains; works on any model, adapted or not, compiled or data-parallel."""
+    model = bare_model(model)
     roles = injection_of(model).roles if is_injected(model) else {}
     rows = []
     for path, layer in adapted_layers(model).items():

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import timm
@@ -84,6 +84,22 @@ def test_statistics_that_another_adapter_moved_are_not_taken_over(tmp_path: Path
     for directory in (still, moved, moved):
         other = load_adapter(levit(), directory)
         load_adapter(other, moved)
+
+
+def test_what_is_said_goes_with_the_head(saved: Path, tmp_path: Path) -> None:
+    cats, birds = list("tuvwxyz"), tuple("abcdefg")
+    facts: dict[str, Any] = {"metrics": {"test_top1_percent": 1.0}, "metadata": {"dataset": "cats"}}
+    other = save_adapter(trained(), tmp_path / "cats", class_names=cats, **facts)
+    model = load_adapter(base(), other, head=False)
+    assert nolora_vision.class_names(model) == tuple("0123456")
+    model = load_adapter(load_adapter(base(), saved), other, head=False)
+    said = read_adapter_config(save_adapter(model, tmp_path / "again"))
+    assert nolora_vision.class_names(model) == birds == tuple(said["class_names"])
+    assert said["metrics"] == {"test_top1_percent": 87.5} and said["metadata"] == {}
+    model = load_adapter(base(), other)
+    assert read_adapter_config(save_adapter(model, tmp_path / "b"))["metadata"] == {"dataset": "cats"}
+    said = read_adapter_config(save_adapter(nolora_vision.inject(nolora_vision.eject(model)), tmp_path / "c"))
+    assert said["metrics"] == said["metadata"] == {} and said["class_names"] == cats
 
 
 def swin() -> nn.Module:

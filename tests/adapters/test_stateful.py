@@ -60,6 +60,7 @@ class Life(Files):
                     lambda m: n.inject(m, example_input=torch.zeros(1, 3, 17, 17)),
                 ),
                 "eject nothing": (InjectionError, "has no adapters", n.eject),
+                "disable nothing": (InjectionError, "has no adapters", lambda m: n.disabled(m).__enter__()),
             }
         elif self.worn.config is not None:
             found["inject twice"] = (InjectionError, "already has adapters", n.inject)
@@ -67,7 +68,6 @@ class Life(Files):
             found["inject beside a shelf"] = (InjectionError, "has adapters by name", n.inject)
         if self.worn.config is None:
             found["fold nothing"] = (InjectionError, "has no adapters", n.fold)
-            found["disable nothing"] = (InjectionError, "has no adapters", lambda m: n.disabled(m).__enter__())
         if self.shelf is None:
             found["set without a shelf"] = (InjectionError, "has no named adapters", lambda m: n.set_adapter(m, "a"))
             found["remove without a shelf"] = (InjectionError, "no named adapters", lambda m: n.remove_adapter(m, "a"))

@@ -173,6 +173,31 @@ def test_eject_and_disabled_work_on_the_active_one(saved, x: Tensor) -> None:
     assert nolora_vision.adapter_names(model) == () and not model._forward_pre_hooks
 
 
+def test_a_merge_beside_others_is_refused(saved, x: Tensor) -> None:
+    model = set_adapter(with_all(saved), "mlp")
+    with torch.no_grad():
+        expected = model(x)
+        with pytest.raises(nolora_vision.InjectionError, match=r"'mlp' .* beside it \('a', 'b', 'attention', 'head'\)"):
+            nolora_vision.fold(model, merge=True)
+        assert torch.equal(model(x), expected)
+        for name in ("a", "b", "attention", "head"):
+            remove_adapter(model, name)
+        torch.testing.assert_close(nolora_vision.fold(model, merge=True)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_with_none_set_the_advice_is_to_set_one(saved, x: Tensor) -> None:
+    model = set_adapter(with_all(saved), None)
+    with torch.no_grad(), nolora_vision.disabled(model):
+        assert torch.equal(model(x), base()(x))
+        set_adapter(model, "a")
+        without = model(x)
+    with torch.no_grad(), nolora_vision.disabled(load_adapter(base(), saved["a"])) as alone_:
+        assert torch.equal(without, alone_(x))
+    set_adapter(model, None)
+    with pytest.raises(nolora_vision.InjectionError, match=r"now\. .*set_adapter\(model, name\), with one of 'a'"):
+        nolora_vision.fold(model)
+
+
 def test_removing_the_active_one_leaves_the_bare_backbone(saved, x: Tensor) -> None:
     model = set_adapter(with_all(saved), "b")
     remove_adapter(model, "b")

@@ -97,7 +97,9 @@ def test_second_derivatives_after_autocast_are_the_definitions(modulation: str, 
 
     for got, wanted in zip(run(autograd.low_rank_delta), run(eager.low_rank_delta), strict=True):
         assert got.dtype == wanted.dtype == torch.float32
-        torch.testing.assert_close(got, wanted, atol=TOLERANCE[torch.bfloat16] * float(wanted.detach().abs().max()), rtol=0)
+        torch.testing.assert_close(
+            got, wanted, atol=TOLERANCE[torch.bfloat16] * float(wanted.detach().abs().max()), rtol=0
+        )
 
 
 # The same products in the same types, by another library or the other way round, dx in one buffer, rows gathered after

@@ -102,3 +102,20 @@ def test_every_head_counts() -> None:
     assert groups["head_no_decay"] == [id(model.head.bias), id(model.head_dist.bias)]
     assert not own & {id(p) for p in head_parameters(model)}
     assert list(head_parameters(nn.Sequential(nn.Linear(2, 2)))) == []
+
+
+def test_wrapped_models_have_the_groups_of_the_bare_one() -> None:
+    bare = nolora_vision.inject(timm.create_model("test_vit", num_classes=7))
+    bare.get_parameter("pos_embed").requires_grad_(True)
+    wanted = param_groups(bare, lr=1.0, head_lr=2.0, weight_decay=0.1)
+    assert any(
+        p is bare.get_parameter("pos_embed") for g in wanted if g["name"].endswith("_no_decay") for p in g["params"]
+    )
+    for wrapped in (torch.compile(bare), nn.DataParallel(bare)):
+        groups = param_groups(wrapped, lr=1.0, head_lr=2.0, weight_decay=0.1)
+        assert [{**g, "params": list(map(id, g["params"]))} for g in groups] == [
+            {**g, "params": list(map(id, g["params"]))} for g in wanted
+        ]
+        nolora_vision.freeze_backbone(wrapped)
+        assert bare.get_classifier().weight.requires_grad and not bare.get_parameter("pos_embed").requires_grad
+        bare.get_parameter("pos_embed").requires_grad_(True)

@@ -176,6 +176,43 @@ def test_fold_keeps_the_function(nonlinearity: str, modulation: str) -> None:
                 nolora_vision.fold(model, merge=True)
 
 
+WRAPPERS = [torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m))]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["compiled", "data-parallel", "both"])
+def test_wrapped_models_are_summed_disabled_folded_and_ejected(wrap) -> None:
+    bare = timm.create_model("test_vit", num_classes=7).eval()
+    x = images(bare)
+    plain, required = bare(x), [p.requires_grad for p in bare.parameters()]
+    randomise(nolora_vision.inject(bare))
+    nn.init.zeros_(bare.head.weight), nn.init.zeros_(bare.head.bias)
+    wrapped, table = wrap(bare), str(nolora_vision.summary(bare))
+    assert str(nolora_vision.summary(wrapped)) == table and "qkv" in table
+    with nolora_vision.disabled(wrapped) as same:
+        assert same is wrapped and torch.equal(bare(x), torch.zeros_like(plain))
+        assert not any(layer.adapter_enabled for layer in adapted_layers(bare).values())
+    assert nolora_vision.fold(wrapped) is wrapped
+    assert {branch.scale for layer in adapted_layers(bare).values() for branch in layer.adapter.branches()} == {1.0}
+    assert nolora_vision.eject(wrapped) is wrapped and not adapted_layers(bare)
+    assert [p.requires_grad for p in bare.parameters()] == required
+
+
+def test_a_merge_is_refused_where_it_would_reach_further() -> None:
+    model = timm.create_model("test_vit", num_classes=7).eval()
+    first, second = model.blocks[0].mlp, model.blocks[1].mlp
+    second.fc1.weight = first.fc1.weight
+    nolora_vision.inject(model, nonlinearity="identity", modulation="none", targets="fc1")
+    randomise(model)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(InjectionError, match=r"0\.mlp\.fc1\.weight and blocks\.1\.mlp\.fc1\.weight are one parameter"):
+        nolora_vision.fold(model, merge=True)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    second.fc1.weight = nn.Parameter(second.fc1.weight.clone())
+    x = images(model)
+    expected = model(x)
+    torch.testing.assert_close(nolora_vision.fold(model, merge=True)(x), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_timm_life_goes_on(tmp_path) -> None:
     model = nolora_vision.inject(timm.create_model("test_vit", num_classes=7).eval())
     randomise(model)
