@@ -113,6 +113,7 @@ class AdapterConfig:
         for name in ("alpha", "dropout", "modulation_noise"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else float(value))
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", {key: float(value) for key, value in self.alpha_pattern.items()})
 
     @classmethod

@@ -132,3 +132,10 @@ def test_any_values_are_a_config_or_a_config_error(values: dict) -> None:
         assert error.problems
     else:
         assert AdapterConfig.from_dict(asdict(config)) == config
+
+
+def test_a_pattern_that_is_changed_afterwards_changes_no_config() -> None:
+    ranks, alphas = {"fc1": 2}, {"fc1": 2.0}
+    config = AdapterConfig(rank_pattern=ranks, alpha_pattern=alphas)
+    ranks["fc1"], alphas["fc1"] = 0, 0.0
+    assert config.rank_pattern == config.alpha_pattern == {"fc1": 2}

@@ -78,7 +78,7 @@ def save_adapter(
     Raises:
         CheckpointError: if the adapter cannot be written in the format asked for, or the directory has files by the
             same names that are no adapter's.
-        ValueError: if the class names do not fit the head, or the dtype or format is unknown.
+        ValueError: if the class names do not fit the head, a metric is not finite, or the dtype or format is unknown.
     """
     bare = bare_model(model)
     for name, value, known in (("dtype", dtype, (None, *DTYPES)), ("format", format, ("nolora", "peft"))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -56,11 +57,28 @@ def describe(
         "preprocessing": {key: images[key] for key in PREPROCESSING if images.get(key) is not None},
         "model_kwargs": kwargs,
         "backbone": backbone_sample(model),
-        "metrics": dict(kept.get("metrics") or {}),
+        "metrics": plain_numbers(kept.get("metrics") or {}, "metrics"),
         "metadata": {**(kept.get("metadata") or {}), **_held_dtype(model)},
         "versions": {"nolora_vision": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
         **({"method": applied.rebuilds()} if applied is not None and applied.parameters else {}),
     }
+
+
+def plain_numbers(value: Any, place: str) -> Any:
+    """The same with Python's numbers for those of NumPy and PyTorch, also inside mappings and sequences.
+
+    Raises:
+        ValueError: if a number is NaN or infinite, which JSON does not have.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain_numbers(item, f"{place}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_numbers(item, f"{place}[{i}]") for i, item in enumerate(value)]
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place} is {value}, which JSON cannot hold. Pass finite numbers, or leave it out.")
+    return value
 
 
 def _own_input_size(model: nn.Module, cfg: Mapping[str, Any]) -> dict[str, Any]:

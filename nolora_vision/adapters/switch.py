@@ -79,7 +79,9 @@ def add_adapter(model: nn.Module, name: str, source: str | Path, *, revision: st
 def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     """Make the model that of one of its adapters, with its head; None is the backbone with the head it came with.
 
-    Nothing of the backbone is copied, and a compiled model is not compiled again if the shapes are the same.
+    Nothing of the backbone is copied, and a compiled model is not compiled again if the shapes are the same. Don't
+    call it between a forward and its backward pass under gradient checkpointing: that computes again with the adapter
+    that is set then.
 
     Raises:
         ValueError: if no adapter has this name; the model is unchanged.

@@ -70,8 +70,11 @@ class Input(NamedTuple):
 
 
 def origin_of(x: Tensor) -> Origin | None:
-    """The origin of x, or None if x has to be kept. For use where gradients are enabled."""
-    if x.grad_fn is None:
+    """The origin of x, or None if x has to be kept. For use where gradients are enabled.
+
+    An x that was written into since it was made, which its node knows nothing of, has to be.
+    """
+    if x.grad_fn is None or x._version:
         return None
     tensors: list[Tensor] = []
     try:
@@ -121,10 +124,13 @@ def _recipe(node: Any, shape: Sequence[int], tensors: list[Tensor]) -> Make:
 
 def _kept(node: Any, attribute: str) -> Tensor:
     """A tensor that a node keeps; not if a hook holds it, as checkpointing's or offloading's: unpacking costs there."""
-    saved = getattr(node, f"_raw_saved_{attribute}", None)
-    if saved is None or saved.unpack_hook is not None:
-        raise _Unknown
-    tensor = getattr(node, f"_saved_{attribute}")
+    try:
+        saved = getattr(node, f"_raw_saved_{attribute}", None)
+        if saved is None or saved.unpack_hook is not None:
+            raise _Unknown
+        tensor = getattr(node, f"_saved_{attribute}")
+    except RuntimeError as error:  # a backward pass through it has been, and has freed what it kept
+        raise _Unknown from error
     if tensor is None:
         raise _Unknown
     return tensor

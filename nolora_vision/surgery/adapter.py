@@ -155,6 +155,9 @@ def adapted_layers(model: nn.Module) -> dict[str, NoLoRALinear | NoLoRAConv2d]:
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast x as autocast would inside the frozen layer, so that layer and adapter share one cast instead of two."""
     kind = x.device.type
-    if autocasts(kind) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    if not autocasts(kind) or x.dtype == torch.float64:
+        return x
+    y = x.to(torch.get_autocast_dtype(kind))
+    if y is not x and not torch.compiler.is_compiling() and x.grad_fn is not None and x._version:
+        torch.autograd.graph.increment_version(y)  # so that `origin_of` knows that x was written into
+    return y

@@ -36,8 +36,8 @@ class LowRankAdapter(nn.Module):
         rows: which output features of the layer those are; None means all.
     """
 
-    rows_per_image = 1
-    """Of the input's leading dimension, as the last forward of the whole model had it."""
+    rows_per_image: dict[int, int]
+    """By the length of the input's leading dimension, as the last forward of the whole model with it had it."""
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class LowRankAdapter(nn.Module):
         super().__init__()
         rank = config.rank
         self.config, self.rows, self.scale = config, rows, config.scale(rank, config.alpha)
+        self.rows_per_image = {}
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=torch.float32))
         shapes = {name: make(rank).shape for name, make in FORMULAS[config.nonlinearity].theta.items()}
@@ -93,14 +94,14 @@ class LowRankAdapter(nn.Module):
         )
 
     def _rows_per_image(self, x: Tensor) -> int:
-        """L / B for x: (L, ..., D), remembered for when it cannot be known; 1 if it cannot be right."""
+        """L / B for x: (L, ..., D), remembered for when it cannot be known; 1 if it never was."""
         if x.ndim < 2:
             return 1
         now = rows_per_image(x)
         if now is None:
-            return self.rows_per_image if x.shape[0] % self.rows_per_image == 0 else 1
+            return self.rows_per_image.get(x.shape[0], 1)
         if not torch.compiler.is_compiling():  # a compiled forward has no need of it: its graph computes again
-            self.rows_per_image = now
+            self.rows_per_image[x.shape[0]] = now
         return now
 
     def branches(self) -> Iterator[LowRankAdapter]:

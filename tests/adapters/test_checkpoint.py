@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -181,6 +182,16 @@ def test_a_failed_save_leaves_the_old_one_whole(saved: Path, monkeypatch: pytest
             save_adapter(trained(), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_metrics_are_numbers_of_any_library_and_finite(tmp_path: Path) -> None:
+    metrics: Any = {"a": np.float32(0.5), "b": torch.tensor(2), "c": {"d": [np.int64(3)]}}
+    said = read_adapter_config(save_adapter(trained(), tmp_path / "a", metrics=metrics))["metrics"]
+    assert said == {"a": 0.5, "b": 2, "c": {"d": [3]}}
+    for bad in (float("nan"), np.float64("inf"), torch.tensor(float("-inf"))):
+        with pytest.raises(ValueError, match=r"metrics\['top1'\] is -?(nan|inf), .*Pass finite numbers"):
+            save_adapter(trained(), tmp_path / "b", metrics={"top1": bad})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_facts_that_json_cannot_hold_leave_nothing_behind(tmp_path: Path) -> None:

@@ -191,3 +191,34 @@ def test_every_family_keeps_little_more_than_the_frozen_model(family) -> None:
     kept, by_definition = (blocks_keep(model, images, backend) / frozen for backend in ("autograd", "eager"))
     most = next((most for name, most in MOST.items() if family.name.startswith(name)), 1.03)
     assert kept <= most and kept - 1 < 0.6 * (by_definition - 1)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_an_input_that_was_written_into_is_kept(amp: bool) -> None:
+    """Without autograd, so that its node tells nothing of it; under autocast the layer sees a cast of it."""
+    torch.manual_seed(0)
+    layer = nolora_vision.NoLoRALinear(6, 5, config=nolora_vision.AdapterConfig(rank=2))
+    nn.init.normal_(layer.adapter.lora_B)
+    h = torch.randn(4, 6, requires_grad=True)
+
+    def gradient(backend: str) -> Tensor:
+        layer.zero_grad()
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            a = F.gelu(h)
+            with torch.no_grad():
+                a[:2] = 0
+            layer(a).float().sum().backward()
+        return layer.adapter.lora_A.grad.clone()
+
+    wanted = gradient("eager")
+    tolerance = (4e-2 if amp else 2e-5) * float(wanted.abs().max())  # as in test_autograd.py
+    torch.testing.assert_close(gradient("autograd"), wanted, atol=tolerance, rtol=0)
+
+
+def test_an_input_whose_graph_was_freed_is_kept() -> None:
+    layer = nolora_vision.NoLoRALinear(6, 5, config=nolora_vision.AdapterConfig(rank=2))
+    a = F.gelu(torch.randn(4, 6, requires_grad=True))
+    a.sum().backward()
+    with use_backend("autograd"):
+        y = layer(a)
+    torch.autograd.grad(y.sum(), layer.adapter.lora_A)

@@ -216,12 +216,14 @@ def test_rows_without_a_known_batch_draw_for_themselves(monkeypatch: pytest.Monk
         with batch_of(3):
             layer(torch.randn(6, 5, 64))
             layer(torch.randn(7, 5, 64))  # 3 images can't have 7 rows
-        layer(torch.randn(6, 5, 64))  # as it was last: 1 for each
+        layer(torch.randn(6, 5, 64))  # as so many rows were last
         with batch_of(2):
             layer(torch.randn(6, 5, 64))
-        layer(torch.randn(9, 5, 64))
-        layer(torch.randn(4, 5, 64))
-    assert [len(v.unique(dim=0)) for _, v in found] == [6, 3, 7, 6, 2, 3, 4]
+            layer(torch.randn(8, 5, 64))  # an image of another size
+        layer(torch.randn(6, 5, 64))
+        layer(torch.randn(8, 5, 64))
+        layer(torch.randn(9, 5, 64))  # never so many: 1 for each
+    assert [len(v.unique(dim=0)) for _, v in found] == [6, 3, 7, 3, 2, 2, 2, 2, 9]
 
 
 def test_the_batch_is_forgotten_and_not_shared_by_threads() -> None:
