@@ -178,8 +178,13 @@ def _enter_autocast(model: nn.Module, args: tuple[Any, ...]) -> None:
     kind = next((x.device.type for x in args if isinstance(x, Tensor)), "meta")
     held: Held = getattr(model, HELD)
     if kind != "meta" and not autocasts(kind) and _still_held(model, held):
-        model._nolora_autocast = torch.autocast(kind, held.dtype)  # type: ignore[assignment]
-        model._nolora_autocast.__enter__()
+        _turn_on(model, kind, held.dtype)
+
+
+@torch.compiler.disable  # a graph cannot enter a context that it does not leave
+def _turn_on(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
+    model._nolora_autocast = torch.autocast(kind, dtype)  # type: ignore[assignment]
+    model._nolora_autocast.__enter__()
 
 
 def _still_held(model: nn.Module, held: Held) -> bool:
@@ -191,6 +196,10 @@ def _still_held(model: nn.Module, held: Held) -> bool:
 
 
 def _leave_autocast(model: nn.Module, _args: Any, _output: Any) -> None:
-    entered: Any = model.__dict__.pop("_nolora_autocast", None)
-    if entered is not None:
-        entered.__exit__(None, None, None)
+    if "_nolora_autocast" in model.__dict__:
+        _turn_off(model)
+
+
+@torch.compiler.disable
+def _turn_off(model: nn.Module) -> None:
+    model.__dict__.pop("_nolora_autocast").__exit__(None, None, None)

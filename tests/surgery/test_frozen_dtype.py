@@ -257,3 +257,20 @@ def test_release_keeps_what_was_put_into_held_weights(tmp_path: Path) -> None:
     model.float().load_state_dict(other.state_dict())
     nolora_vision.eject(model)
     assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items() if "blocks" in name)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_turns_autocast_on_itself(backend: str) -> None:
+    model, x = adapted(), FAMILIES["vit"].images(1)
+    hold_frozen(model, torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+        assert not torch.is_autocast_enabled("cpu")
+        with amp():
+            torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+            assert torch.is_autocast_enabled("cpu")
+    torch._dynamo.reset()
