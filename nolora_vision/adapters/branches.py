@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nolora_vision.adapters.adapter_files import AdapterMismatchError, CorruptAdapterError
 from nolora_vision.config import ROLES, AdapterConfig, ConfigError
 from nolora_vision.kernels import FORMULAS, LowRank
-from nolora_vision.surgery.plan import ATOMS, chosen_parts, value_by_pattern
+from nolora_vision.surgery.plan import ATOMS, InjectionError, chosen_parts, own_values
 from nolora_vision.surgery.sites import (
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
@@ -75,8 +75,9 @@ def named_branches(state: Mapping[str, Tensor], said: Mapping[str, Any], place: 
     for path, branches in sorted(found.items(), key=lambda item: in_order(item[0])):
         named = [part for part in PARTS if part in branches]
         parts = named or _shared_parts(path, roles[path], config)
-        alpha = _alpha(path, roles[path], parts, config, place)
+        alphas = _alphas(path, roles[path], parts, config, place)
         for part in named or [""]:
+            alpha = alphas.get(part)
             operands = _operands(path, branches[part], config, alpha, place)
             count = sum(t.numel() for t in branches[part].values())
             yield NamedBranch(path, "+".join(parts) or roles[path], part, operands, count)
@@ -146,7 +147,8 @@ def _operands(
     )
 
 
-def _alpha(path: str, role: str, parts: Sequence[str], config: AdapterConfig, place: str) -> float | None:
+def _alphas(path: str, role: str, parts: Sequence[str], config: AdapterConfig, place: str) -> dict[str, float | None]:
+    """By part, of '' for the whole layer or for parts that share A."""
     by_role = [key for key in config.alpha_pattern if key in ROLES]
     unclear = by_role if not role else {"fc1", "fc2"}.intersection(by_role) if role == "mlp" else ()
     if unclear and not parts:
@@ -154,8 +156,11 @@ def _alpha(path: str, role: str, parts: Sequence[str], config: AdapterConfig, pl
             f"{place}: alpha_pattern goes by role ({', '.join(by_role)}), and the name {path} does not say which role "
             f"the layer has, so its scale is unknown here. Load the adapter, and pass the model: anatomy(model)."
         )
-    own = value_by_pattern(config.alpha_pattern, Site(path, role, "", 0, 0), parts)
-    return config.alpha if own is None else own
+    try:
+        own = own_values(config, "alpha_pattern", Site(path, role, "", 0, 0), parts)
+    except InjectionError as error:
+        raise CorruptAdapterError(f"{place}: {error}") from error
+    return {part: config.alpha if alpha is None else alpha for part, alpha in own.items()}
 
 
 def _shared_parts(path: str, role: str, config: AdapterConfig) -> list[str]:

@@ -23,7 +23,7 @@ from nolora_vision.methods.limits import DIVIDES, common_block_size, refuse_unfi
 from nolora_vision.methods.peft_layers import plan_layers
 from nolora_vision.surgery.groups import head_parameters
 from nolora_vision.surgery.low_rank_adapter import make_adapter
-from nolora_vision.surgery.plan import PlannedAdapter, plan_adapters, value_by_pattern
+from nolora_vision.surgery.plan import PlannedAdapter, own_values, plan_adapters
 
 Options = Mapping[str, Any]
 Count = Callable[[int], int]
@@ -117,7 +117,7 @@ def _sizes(model: nn.Module, method: str, adapter: AdapterConfig, options: Optio
     else:
         refuse_unfit_layers(model, method, adapter, {**options, "n_frequency": 1} if knob != "rank" else options, plan)
         values = range(1, _largest(method, plan) + 1)
-    own = [value_by_pattern(adapter.rank_pattern, p.site, p.parts or ()) for p in plan]
+    own = [next(iter(own_values(adapter, "rank_pattern", p.site, p.parts or ()).values())) for p in plan]
     layers = Counter((p.site.in_features, p.site.out_features, rank) for p, rank in zip(plan, own, strict=True))
     formula = FORMULAS[method]
 
@@ -166,17 +166,18 @@ FORMULAS: Mapping[str, Callable[[int, int, int, Options], int]] = {
 
 def _own_sizes(model: nn.Module, adapter: AdapterConfig) -> tuple[Sequence[int], Count]:
     plan = plan_adapters(model, replace(adapter, rank=1))
-    own = [value_by_pattern(adapter.rank_pattern, p.site, p.parts or ()) for p in plan]
+    own = [tuple(own_values(adapter, "rank_pattern", p.site, p.parts or ()).items()) for p in plan]
     layers: Counter[Any] = Counter()
-    for planned, rank in zip(plan, own, strict=True):
+    for planned, ranks in zip(plan, own, strict=True):
         parts = None if planned.parts is None else tuple(planned.parts.items())
-        layers[planned.site.in_features, planned.site.out_features, parts, rank] += 1
+        layers[planned.site.in_features, planned.site.out_features, parts, ranks] += 1
 
     def count(value: int) -> int:
         total = 0
-        for (d, e, parts, rank), n in layers.items():
-            config = replace(adapter, rank=int(rank or value))
-            made = make_adapter(d, e, config, parts=None if parts is None else dict(parts), device="meta")
+        for (d, e, parts, ranks), n in layers.items():
+            configs = {part: replace(adapter, rank=int(rank or value)) for part, rank in ranks}
+            first, parts = next(iter(configs.values())), None if parts is None else dict(parts)
+            made = make_adapter(d, e, first, parts=parts, configs=configs, device="meta")
             total += n * sum(p.numel() for p in made.parameters())
         return total
 

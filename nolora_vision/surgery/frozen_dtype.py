@@ -178,7 +178,7 @@ def _enter_autocast(model: nn.Module, args: tuple[Any, ...]) -> None:
     kind = next((x.device.type for x in args if isinstance(x, Tensor)), "meta")
     held: Held = getattr(model, HELD)
     if kind != "meta" and not autocasts(kind) and _still_held(model, held):
-        _turn_on(model, kind, held.dtype)
+        _turn_on(model, kind, held.dtype)  # type: ignore[call-arg]
 
 
 @torch.compiler.disable  # a graph cannot enter a context that it does not leave

@@ -240,7 +240,8 @@ def _refuse_beside_a_shelf(model: nn.Module) -> None:
 def _make(model: nn.Module, planned: PlannedAdapter) -> Adapter:
     site = planned.site
     device = model.get_submodule(site.path).get_parameter("weight").device
-    return make_adapter(site.in_features, site.out_features, planned.config, parts=planned.parts, device=device)
+    sizes, configs = (site.in_features, site.out_features), planned.configs
+    return make_adapter(*sizes, planned.config, parts=planned.parts, configs=configs, device=device)
 
 
 def _undo(model: nn.Module, cured: tuple[str, ...] | list[str]) -> None:

@@ -179,35 +179,37 @@ def make_adapter(
     config: AdapterConfig,
     *,
     parts: Mapping[str, Rows] | None = None,
+    configs: Mapping[str, AdapterConfig] | None = None,
     device: torch.device | str | None = None,
 ) -> Adapter:
     """The adapter of one layer: of all its output features, or of the given parts of them.
 
     Args:
         parts: output features by part; with `config.share_down` they get one A (and one v and θ) together.
+        configs: by part, for those with another rank or alpha than `config`.
     """
     if not parts:
         return LowRankAdapter(in_features, out_features, config, device=device)
 
-    def branch(rows: Rows) -> LowRankAdapter:
+    def branch(rows: Rows, own: AdapterConfig) -> LowRankAdapter:
         width = sum(stop - start for start, stop in rows)
-        return LowRankAdapter(in_features, width, config, rows=rows, device=device)
+        return LowRankAdapter(in_features, width, own, rows=rows, device=device)
 
     if config.share_down:
-        return branch(tuple(sorted(pair for rows in parts.values() for pair in rows)))
-    return SplitAdapter({name: branch(rows) for name, rows in parts.items()})
+        return branch(tuple(sorted(pair for rows in parts.values() for pair in rows)), config)
+    return SplitAdapter({name: branch(rows, (configs or {}).get(name, config)) for name, rows in parts.items()})
 
 
 @torch.no_grad()
 def as_one_lora(branches: Sequence[LowRankAdapter], out_features: int) -> tuple[Tensor, Tensor, float]:
     """(A, B, alpha) of one LoRA equal to the sum of linear branches: A (R, D), B (E, R), R the sum of their ranks."""
-    first, ups = branches[0], []  # the parts of one layer have the same config
+    first, ups = branches[0], []
     for branch in branches:
         up = branch.lora_B if branch.config.modulation == "none" else branch.lora_B * branch.get_parameter("v")
         if branch.rows is not None:
             places = torch.cat([torch.arange(*pair, device=up.device) for pair in branch.rows])
             up = up.new_zeros(out_features, up.shape[1]).index_copy(0, places, up)
-        ups.append(up)
+        ups.append(up if branch.scale == first.scale else up * (branch.scale / first.scale))
     down, up = torch.cat([branch.lora_A for branch in branches]), torch.cat(ups, dim=1)
     if len(branches) == 1:  # exactly what was asked for
         return down, up, first.config.rank if first.config.alpha is None else first.config.alpha

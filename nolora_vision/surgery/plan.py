@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
@@ -31,12 +32,18 @@ class InjectionError(ValueError):
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """One adapter to make: the layer, its own rank and alpha, and the parts of a fused layer it is for."""
+    """One adapter to make: the layer, its own ranks and alphas, and the parts of a fused layer it is for."""
 
     site: Site
-    config: AdapterConfig
+    configs: Mapping[str, AdapterConfig]
+    """By part; of '' for what is one product: the whole layer, or parts that share A."""
     parts: Mapping[str, Rows] | None = None
     """None: the whole layer."""
+
+    @property
+    def config(self) -> AdapterConfig:
+        """Of its first product."""
+        return next(iter(self.configs.values()))
 
     @property
     def role(self) -> str:
@@ -60,7 +67,7 @@ def plan_adapters(model: nn.Module, config: AdapterConfig) -> list[PlannedAdapte
             continue
         parts = chosen_parts(site, config)
         if parts is not None:
-            plan.append(PlannedAdapter(site, _own_config(site, config, parts), parts or None))
+            plan.append(PlannedAdapter(site, _own_configs(site, config, parts), parts or None))
     if not plan:
         raise InjectionError(_nothing_matches(model, sites, config))
     _refuse_unsupported_layers(model, plan)
@@ -120,23 +127,47 @@ def _rows_of(site: Site, wanted: Iterable[str], *, together: bool) -> dict[str, 
     return {"qkv": merged, **{part: rows for part, rows in parts.items() if part not in letters}}
 
 
-def _own_config(site: Site, config: AdapterConfig, parts: Iterable[str]) -> AdapterConfig:
-    rank = value_by_pattern(config.rank_pattern, site, parts)
-    alpha = value_by_pattern(config.alpha_pattern, site, parts)
-    changes = {} if rank is None else {"rank": int(rank)}
-    changes |= {} if alpha is None else {"alpha": alpha}
-    return replace(config, **changes) if changes else config
+def _own_configs(site: Site, config: AdapterConfig, parts: Iterable[str]) -> dict[str, AdapterConfig]:
+    ranks = own_values(config, "rank_pattern", site, parts)
+    alphas = own_values(config, "alpha_pattern", site, parts)
+    found = {}
+    for product, rank in ranks.items():
+        changes = {} if rank is None else {"rank": int(rank)}
+        changes |= {} if alphas[product] is None else {"alpha": alphas[product]}
+        found[product] = replace(config, **changes) if changes else config
+    return found
 
 
-def value_by_pattern(pattern: Mapping[str, float], site: Site, parts: Iterable[str]) -> float | None:
-    """The value of the first key that is a role of the layer, or a suffix or pattern for its path (as in PEFT)."""
-    atoms = frozenset().union(*(ATOMS[part] for part in parts)) or ATOMS[site.role]
+def own_values(
+    config: AdapterConfig, name: Literal["rank_pattern", "alpha_pattern"], site: Site, parts: Iterable[str]
+) -> dict[str, float | None]:
+    """The value of each product of a layer: by part, or of '' if it is one; None where no key of the pattern fits.
+
+    The first key counts that is a role of the product, or a suffix or pattern for the layer's path (as in PEFT).
+
+    Raises:
+        InjectionError: if a role is a part of a product only, which has one rank and one alpha.
+    """
+    products = {part: ATOMS[part] for part in parts}
+    if config.share_down or not products:
+        products = {"": frozenset().union(*products.values())}
+    pattern: Mapping[str, float] = getattr(config, name)
+    return {part: _value_of(pattern, name, site, atoms or ATOMS[site.role]) for part, atoms in products.items()}
+
+
+def _value_of(pattern: Mapping[str, float], name: str, site: Site, atoms: frozenset[str]) -> float | None:
     for key, value in pattern.items():
-        if key in ROLES:
-            if atoms & ATOMS[key]:
+        if key not in ROLES:
+            if _fits(key, site.path):
                 return value
-        elif _fits(key, site.path):
+        elif atoms <= ATOMS[key] and atoms:
             return value
+        elif atoms & ATOMS[key]:
+            raise InjectionError(
+                f"{name}: {key!r} is only a part of what {site.path} adapts as one ({', '.join(sorted(atoms))}), which "
+                f"has one rank and one alpha. Target the parts, targets=('q', 'v') without share_down for example, or "
+                f"name the whole."
+            )
     return None
 
 
@@ -173,9 +204,10 @@ def _refuse_multihead_attention(model: nn.Module, config: AdapterConfig) -> None
 
 
 def _refuse_unmatched_names(model: nn.Module, sites: Sequence[Site], config: AdapterConfig) -> None:
-    """A name in targets that matches no layer is a typo, or a layer that cannot be adapted; say which."""
-    _, names, whole = _names(config.targets)
+    """A name that matches no layer is a typo, or in targets a layer that cannot be adapted; say which."""
     heads = classifier_paths(model)
+    _refuse_unmatched_exceptions(sites, config, heads)
+    _, names, whole = _names(config.targets)
     modules = {path: module for path, module in model.named_modules() if path}
     for name in names:
         if any(matches(name, site.path, whole=whole) for site in sites):
@@ -189,10 +221,25 @@ def _refuse_unmatched_names(model: nn.Module, sites: Sequence[Site], config: Ada
                     f"{path} is a {type(module).__name__}, which cannot carry an adapter; wanted a torch.nn.Linear or "
                     f"an ungrouped 1×1 torch.nn.Conv2d. Name such layers inside it, or a role: {', '.join(ROLES)}."
                 )
-        suffixes = {site.path.rpartition(".")[2] for site in sites}
-        raise InjectionError(
-            f"targets: no layer matches {name!r}.{did_you_mean(name, [*ROLES, *suffixes])} {_what_exists(sites)}"
-        )
+        raise _no_such_layer("targets", name, sites)
+
+
+def _refuse_unmatched_exceptions(sites: Sequence[Site], config: AdapterConfig, heads: Sequence[str]) -> None:
+    """Roles that a model lacks are no typos: a config may be for several families. Nor is the head, never adapted."""
+    _, excluded, whole = _names(config.exclude)
+    paths = [site.path for site in sites]
+    for name in excluded:
+        if not any(matches(name, path, whole=whole) for path in [*paths, *heads]):
+            raise _no_such_layer("exclude", name, sites)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if key not in ROLES and not any(_fits(key, path) for path in paths):
+                raise _no_such_layer(field, key, sites)
+
+
+def _no_such_layer(field: str, name: str, sites: Sequence[Site]) -> InjectionError:
+    known = [*ROLES, *{site.path.rpartition(".")[2] for site in sites}, *(site.path for site in sites)]
+    return InjectionError(f"{field}: no layer matches {name!r}.{did_you_mean(name, known)} {_what_exists(sites)}")
 
 
 def _refuse_unsupported_layers(model: nn.Module, plan: Sequence[PlannedAdapter]) -> None:
@@ -219,15 +266,17 @@ def _refuse_unsupported_layers(model: nn.Module, plan: Sequence[PlannedAdapter])
 
 def _refuse_too_large_ranks(plan: Sequence[PlannedAdapter]) -> None:
     for planned in plan:
-        site, rank = planned.site, planned.config.rank
-        widths = [sum(b - a for a, b in rows) for rows in (planned.parts or {}).values()] or [site.out_features]
-        limit = min(site.in_features, *widths)
-        if rank > limit:
-            raise InjectionError(
-                f"{site.path}: rank {rank} is larger than the layer ({planned.role}: {site.in_features} → "
-                f"{min(widths)} features, so at most {limit}). Choose a smaller rank, set rank_pattern="
-                f"{{{site.path!r}: {limit}}}, or leave the layer out with exclude={site.path!r}."
-            )
+        site = planned.site
+        widths = {part: sum(b - a for a, b in rows) for part, rows in (planned.parts or {}).items()}
+        for part, config in planned.configs.items():
+            width = widths.get(part) or min(widths.values(), default=site.out_features)
+            limit = min(site.in_features, width)
+            if config.rank > limit:
+                raise InjectionError(
+                    f"{site.path}: rank {config.rank} is larger than the layer ({part or planned.role}: "
+                    f"{site.in_features} → {width} features, so at most {limit}). Choose a smaller rank, set "
+                    f"rank_pattern={{{site.path!r}: {limit}}}, or leave the layer out with exclude={site.path!r}."
+                )
 
 
 def _nothing_matches(model: nn.Module, sites: Sequence[Site], config: AdapterConfig) -> str:

@@ -22,14 +22,22 @@ class SummaryRow:
     in_features: int
     out_features: int
     rank: int
+    """The largest of its parts."""
     nonlinearity: str
     modulation: str
     params: int
+    ranks: tuple[int, ...] = ()
+    """Of its parts."""
 
     @property
     def shape(self) -> str:
         """in_features → out_features."""
         return f"{self.in_features} → {self.out_features}"
+
+    @property
+    def shown_rank(self) -> str:
+        """The rank; those of the parts, in their order, if they differ."""
+        return "+".join(map(str, self.ranks)) if len(set(self.ranks)) > 1 else f"{self.rank}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Summary:
     def __str__(self) -> str:
         header = ("layer", "role", "in → out", "rank", "f", "modulation", "parameters")
         body = [
-            (r.path, r.role, r.shape, f"{r.rank}", r.nonlinearity, r.modulation, f"{r.params:,}") for r in self.rows
+            (r.path, r.role, r.shape, r.shown_rank, r.nonlinearity, r.modulation, f"{r.params:,}") for r in self.rows
         ]
         table = _align([header, *body], right=(3, 6)) if body else [self._without_rows()]
         return "\n".join([*table, "", *self._totals()])
@@ -78,7 +86,7 @@ def summary(model: nn.Module) -> Summary:
     for path, layer in adapted_layers(model).items():
         out_features, in_features = layer.weight.shape[:2]
         branches = list(layer.adapter.branches())
-        config = branches[0].config
+        config, ranks = branches[0].config, tuple(branch.config.rank for branch in branches)
         params = sum(p.numel() for p in layer.adapter.parameters())
         rows.append(
             SummaryRow(
@@ -86,10 +94,11 @@ def summary(model: nn.Module) -> Summary:
                 roles.get(path, ""),
                 in_features,
                 out_features,
-                config.rank,
+                max(ranks),
                 config.nonlinearity,
                 config.modulation,
                 params,
+                ranks,
             )
         )
     return Summary(

@@ -177,24 +177,31 @@ def planned(config: AdapterConfig) -> list[Update]:
     return found
 
 
+def is_plannable(config: AdapterConfig) -> bool:
+    """Not with a rank or an alpha for q or v where it is a part of one product."""
+    parts = TARGETS[config.targets].get("attn.qkv")
+    own = {*config.rank_pattern, *config.alpha_pattern}.intersection(parts or "qkv")
+    return parts is None or len(parts) == 1 or not own or (parts != "" and not config.share_down)
+
+
 def _of_layer(path: str, parts: str, config: AdapterConfig) -> list[Update]:
     features = {"attn.qkv": (16, 48), "attn.proj": (16, 16), "mlp.fc1": (16, 32), "mlp.fc2": (32, 16)}
     d, e = features[path.split(".", 2)[2]]
     role = path.rpartition(".")[2]
     atoms = set(parts or ("qkv" if role == "qkv" else (role,)))
     groups = {"mlp": {"fc1", "fc2"}, "qkv": set("qkv")}
-    ranks = [v for k, v in config.rank_pattern.items() if atoms & groups.get(k, {k})]
-    alphas = [v for k, v in config.alpha_pattern.items() if atoms & groups.get(k, {k})]
-    rank = ranks[0] if ranks else config.rank
-    alpha = alphas[0] if alphas else rank if config.alpha is None else config.alpha
-    scale = alpha / (math.sqrt(rank) if config.rank_stabilized else rank)
-    square, vector = (rank, rank), (rank,)
-    small: dict[str, tuple[int, ...]] = {"mixer": square, "spline": (rank, 8), "gate_weight": square}
     names = [*(["v"] if config.modulation != "none" else []), *THETA.get(config.nonlinearity, {})]
     names += ["gate_weight", "gate_bias"] if config.modulation == "gate" else []
 
     def one(part: str, rows: list[tuple[int, int]] | None) -> Update:
         width = e if rows is None else sum(b - a for a, b in rows)
+        own = set(part) or atoms
+        rank = next((v for k, v in config.rank_pattern.items() if own & groups.get(k, {k})), config.rank)
+        usual = rank if config.alpha is None else config.alpha
+        alpha = next((v for k, v in config.alpha_pattern.items() if own & groups.get(k, {k})), usual)
+        scale = alpha / (math.sqrt(rank) if config.rank_stabilized else rank)
+        square, vector = (rank, rank), (rank,)
+        small: dict[str, tuple[int, ...]] = {"mixer": square, "spline": (rank, 8), "gate_weight": square}
         shapes = {"lora_A": (rank, d), "lora_B": (width, rank), **{n: small.get(n, vector) for n in names}}
         prefix = f"{path}.adapter." + (f"{part}." if part else "")
         return Update(path, prefix, rows, config.nonlinearity, config.modulation, scale, shapes)

@@ -17,7 +17,7 @@ import nolora_vision
 from nolora_vision import AdapterConfig, InjectionError
 from nolora_vision.config import MODULATIONS, NONLINEARITIES
 from tests.adapters.stateful_machine import Beside
-from tests.adapters.stateful_spec import TARGETS, Head, Outfit, folded, merged, planned
+from tests.adapters.stateful_spec import TARGETS, Head, Outfit, folded, is_plannable, merged, planned
 
 NORM = "blocks.1.norm2.weight"
 SEEDS = st.integers(0, 99)
@@ -35,7 +35,7 @@ CONFIGS = st.builds(
     rank_pattern=st.sampled_from(({}, {"fc1": 4}, {"v": 1})),
     alpha_pattern=st.sampled_from(({}, {"mlp": 3.0}, {"q": 2.0})),
     share_down=st.booleans(),
-)
+).filter(is_plannable)
 
 
 def reloaded(model: nn.Module) -> nn.Module:

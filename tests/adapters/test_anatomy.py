@@ -127,8 +127,8 @@ def test_drawn_theta_has_no_initial_values_and_asking_draws_nothing() -> None:
 
 CONFIGS = {
     "default": {},
-    "split": {"targets": ("q", "v", "mlp"), "alpha_pattern": {"q": 7, "fc2": 3}},
-    "shared": {"targets": ("q", "v"), "share_down": True, "alpha_pattern": {"v": 7}},
+    "split": {"targets": ("q", "v", "mlp"), "alpha_pattern": {"q": 7, "fc2": 3}, "rank_pattern": {"v": 3}},
+    "shared": {"targets": ("q", "v"), "share_down": True, "alpha_pattern": {"qkv": 7}},
     "all": {"targets": "all", "rank_pattern": {"proj": 1, "fc1": 3}, "rank_stabilized": True, "alpha": 5},
     "one of two": {"targets": ("fc1",), "nonlinearity": "aurora", "alpha_pattern": {"fc1": 9}},
     "linear": {"nonlinearity": "identity", "modulation": "none"},

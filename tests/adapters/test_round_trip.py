@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -162,3 +164,21 @@ def test_what_the_loaded_adapter_said_is_said_again(tmp_path: Path) -> None:
     save_adapter(other, tmp_path / "c")  # other classes: the names and scores of the old ones are no longer true
     third = nolora_vision.read_adapter_config(tmp_path / "c")
     assert (third["num_classes"], third["class_names"], third["metrics"]) == (3, None, {})
+
+
+@pytest.mark.parametrize("format", ["nolora", "peft"])
+def test_parts_of_different_rank_are_saved_folded_merged_and_loaded(tmp_path: Path, format: Any) -> None:
+    torch.manual_seed(0)
+    plain, x = timm.create_model("test_vit", num_classes=7).eval(), torch.randn(2, 3, 160, 160)
+    options: Any = {"nonlinearity": "identity", "modulation": "vector"} if format == "peft" else {}
+    patterns: Any = {"rank_pattern": {"q": 2, "v": 5}, "alpha_pattern": {"v": 15.0}}
+    model = nolora_vision.inject(copy.deepcopy(plain), targets=("q", "v"), rank=3, **patterns, **options)
+    for parameter in nolora_vision.adapter_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        expected = model(x)
+        with nolora_vision.use_backend("eager"):
+            torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+        other = nolora_vision.load_adapter(plain, nolora_vision.save_adapter(model, tmp_path / "a", format=format))
+        torch.testing.assert_close(other(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(nolora_vision.fold(model, merge=format == "peft")(x), expected, atol=1e-4, rtol=1e-4)

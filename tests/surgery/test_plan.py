@@ -297,3 +297,50 @@ def test_unknown_layout_refuses_parts_but_takes_the_whole() -> None:
     with pytest.raises(InjectionError, match="where each lies in its output is unknown"):
         nolora_vision.inject(Own(), targets=("q", "v"), example_input=torch.zeros(1, 8))
     assert adapted_layers(nolora_vision.inject(Own(), example_input=torch.zeros(1, 8)))
+
+
+def test_each_part_has_its_own_rank_and_alpha() -> None:
+    settings = {"rank_pattern": {"q": 2, "v": 16}, "alpha_pattern": {"v": 64.0}, "rank": 8, "layers": (0,)}
+    model = vit()
+    nolora_vision.inject(model, targets=("q", "k", "v"), **settings)
+    (layer,) = adapted_layers(model).values()
+    found = {part: (b.config.rank, tuple(b.lora_A.shape), b.scale) for part, b in layer.adapter.items()}
+    assert found == {"q": (2, (2, 64), 1.0), "k": (8, (8, 64), 1.0), "v": (16, (16, 64), 4.0)}
+    (row,) = nolora_vision.summary(model).rows
+    assert (row.rank, row.ranks, row.shown_rank) == (16, (2, 8, 16), "2+8+16")
+    with pytest.raises(InjectionError, match=r"rank 65 is larger than the layer \(v: 64 → 64 features, so at most 64"):
+        planned(vit(), targets=("q", "v"), rank_pattern={"v": 65})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"v": 2}},
+        {"alpha_pattern": {"v": 2.0}},
+        {"rank_pattern": {"v": 2}, "targets": ("q", "v"), "share_down": True},
+    ],
+    ids=["whole", "alpha", "shared"],
+)
+def test_a_part_of_one_product_has_no_rank_of_its_own(settings: dict) -> None:
+    with pytest.raises(InjectionError, match=r"_pattern: 'v' is only a part of what blocks\.0\.attn\.qkv adapts"):
+        planned(vit(), **settings)
+    assert planned(vit(), targets="mlp", rank_pattern={"v": 2}) and planned(vit(), rank_pattern={"qkv": 2})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exclude": ("fc3",)}, r"exclude: no layer matches 'fc3'\. Did you mean 'fc[12]'\?"),
+        ({"exclude": r"block\.0\..*"}, r"exclude: no layer matches 'block"),
+        ({"exclude": ("blocks.0",)}, "exclude: no layer matches 'blocks.0'"),
+        (
+            {"rank_pattern": {"blocks.0.mlp.fcl": 2}},
+            r"rank_pattern: no layer .* mean 'blocks\.0\.mlp\.fc[12]'",
+        ),
+        ({"alpha_pattern": {"qvk": 2.0}}, "alpha_pattern: no layer matches 'qvk'. Did you mean 'qkv'"),
+    ],
+)
+def test_exceptions_and_patterns_that_match_nothing_are_typos(settings: dict, message: str) -> None:
+    with pytest.raises(InjectionError, match=message):
+        planned(vit(), **settings)
+    assert planned(vit(), targets="mlp", exclude=("head", "q", "blocks.0.attn.qkv"))
