@@ -96,7 +96,7 @@ class AdapterConfig:
     layers: tuple[int, ...] | None = None
     """Blocks to adapt, counted from 0 in the model's order (negative: from the end); None means all."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Rank by role, path suffix or regular expression, for layers, or parts with an A of their own, that need another."""
+    """Rank by role, path suffix or regular expression, for layers, or parts with their own A, that need another."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Alpha by role, path suffix or regular expression."""
     share_down: bool = False

@@ -18,7 +18,7 @@ from nolora_vision.adapters.adapter_files import (
     write_adapter_files,
 )
 from nolora_vision.adapters.card import model_card
-from nolora_vision.adapters.description import describe, info_of, refuse_other_weights
+from nolora_vision.adapters.description import describe, info_of, plain_numbers, refuse_other_weights
 from nolora_vision.adapters.peft_format import is_peft, read_peft, write_peft
 from nolora_vision.config import AdapterConfig, ConfigError
 from nolora_vision.surgery.applied import applied_to
@@ -84,6 +84,7 @@ def save_adapter(
     for name, value, known in (("dtype", dtype, (None, *DTYPES)), ("format", format, ("nolora", "peft"))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}.")
+    metrics = None if metrics is None else plain_numbers(metrics, "metrics")
     said = {"class_names": class_names, "metrics": metrics, "model_kwargs": model_kwargs, "metadata": metadata}
     config = describe(bare, preprocessing=preprocessing, **said) | {"dtype": dtype or "as trained"}
     _refuse_wrong_names(config)

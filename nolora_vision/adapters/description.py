@@ -57,7 +57,7 @@ def describe(
         "preprocessing": {key: images[key] for key in PREPROCESSING if images.get(key) is not None},
         "model_kwargs": kwargs,
         "backbone": backbone_sample(model),
-        "metrics": plain_numbers(kept.get("metrics") or {}, "metrics"),
+        "metrics": dict(kept.get("metrics") or {}),
         "metadata": {**(kept.get("metadata") or {}), **_held_dtype(model)},
         "versions": {"nolora_vision": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
         **({"method": applied.rebuilds()} if applied is not None and applied.parameters else {}),
