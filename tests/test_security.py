@@ -127,7 +127,7 @@ base: {model: test_vit, dataset: digits, pretrained: false, img_size: 16, model_
   max_train_samples: 32, max_eval_samples: 32, batch_size: 16, epochs: 1, validate_every: 0}
 methods:
   ../../out: {method: lora}
-  /abs/olute: {method: linear}
+  /abs/olute: {method: bitfit}
 baseline: ../../out
 choose: {axes: {lr: [1e-3]}, seeds: [100], extend: 0}
 seeds: [0]

@@ -178,10 +178,9 @@ def _enter_autocast(model: nn.Module, args: tuple[Any, ...]) -> None:
     kind = next((x.device.type for x in args if isinstance(x, Tensor)), "meta")
     held: Held = getattr(model, HELD)
     if kind != "meta" and not autocasts(kind) and _still_held(model, held):
-        _turn_on(model, kind, held.dtype)  # type: ignore[call-arg]
+        (_turn_on_outside if torch.compiler.is_compiling() else _turn_on)(model, kind, held.dtype)
 
 
-@torch.compiler.disable  # a graph cannot enter a context that it does not leave
 def _turn_on(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
     model._nolora_autocast = torch.autocast(kind, dtype)  # type: ignore[assignment]
     model._nolora_autocast.__enter__()
@@ -197,9 +196,13 @@ def _still_held(model: nn.Module, held: Held) -> bool:
 
 def _leave_autocast(model: nn.Module, _args: Any, _output: Any) -> None:
     if "_nolora_autocast" in model.__dict__:
-        _turn_off(model)
+        (_turn_off_outside if torch.compiler.is_compiling() else _turn_off)(model)
 
 
-@torch.compiler.disable
 def _turn_off(model: nn.Module) -> None:
     model.__dict__.pop("_nolora_autocast").__exit__(None, None, None)
+
+
+_turn_on_outside = torch._disable_dynamo(_turn_on)  # a graph cannot enter a context that it does not leave
+_turn_off_outside = torch._disable_dynamo(_turn_off)
+"""By this and not by `torch.compiler.disable`, which imports the compiler at once."""
