@@ -200,7 +200,9 @@ def _leave_autocast(model: nn.Module, _args: Any, _output: Any) -> None:
 
 
 def _turn_off(model: nn.Module) -> None:
-    model.__dict__.pop("_nolora_autocast").__exit__(None, None, None)
+    entered: Any = model.__dict__.pop("_nolora_autocast", None)
+    if entered is not None:  # torch 2.10 comes here twice from a compiled model
+        entered.__exit__(None, None, None)
 
 
 _turn_on_outside = torch._disable_dynamo(_turn_on)  # a graph cannot enter a context that it does not leave
