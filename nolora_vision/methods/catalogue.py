@@ -1,8 +1,8 @@
 """The methods by name: what each trains, its options, the rate to start from, and the knob that sets its size.
 
-Where LoRA's rate does not fit, one was found by a scan on digits with the demo's ViT, as a multiple of LoRA's there.
-Those of full and bitfit are common ones; fourierft's, and its scaling, are its authors' for ViT-B: what an update is
-worth depends on the size of the layer.
+Where LoRA's rate does not fit, one was found by hand on digits with the demo's ViT and one seed, as a multiple of
+LoRA's. Those of full and bitfit are common ones; fourierft's, and its scaling, are its authors' for ViT-B: what an
+update is worth depends on the size of the layer.
 """
 
 from __future__ import annotations

@@ -216,7 +216,8 @@ def take_step(
     """Forward, backward and, unless gradients are still being added up, an update; with the norm of its gradient."""
     with accelerator.accumulate(model):
         outcome = objective(model, batch)
-        accelerator.backward(outcome.loss * batch.weight)  # which it divides by the batches of a full update
+        loss = outcome.loss if batch.weight == 1 else outcome.loss * batch.weight
+        accelerator.backward(loss)  # which it divides by the batches of a full update
         norm = guard.before_update(batch)
         optimizer.step()
         optimizer.zero_grad()

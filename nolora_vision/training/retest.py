@@ -40,8 +40,11 @@ def run_eval_only(config: RunConfig) -> dict[str, Any]:
     saved = read_adapter_config(directory)
     data = load_config_data(replace(config, check_shared="never"))  # nothing is trained on
     if saved["num_classes"] != len(data.class_names):
-        got = len(data.class_names)
-        raise RunError(f"The adapter knows {saved['num_classes']} classes, {config.dataset} has {got}.")
+        known, got, its_own = saved["num_classes"], len(data.class_names), saved["metadata"].get("dataset")
+        trained = f" It was trained on {its_own}." if its_own else ""
+        raise RunError(
+            f"The adapter knows {known} classes, {config.dataset} has {got}.{trained} Choose a --dataset that fits."
+        )
     _refuse_lost_backbone(saved)
     test, complaint = numbered_as(data.test, saved["class_names"])
     if complaint is not None and on_main_process():

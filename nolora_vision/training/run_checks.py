@@ -55,8 +55,9 @@ def _idle(config: RunConfig, names: Sequence[str], used: bool, by: str, *others:
         by: what does.
     """
     for name in names:
-        if not used and getattr(config, name) != _usual(config, name):
-            yield Problem(f"{name} is for {by}, which is not on: turn that on, or leave {name} out.", name, *others)
+        if not used and (value := getattr(config, name)) != _usual(config, name):
+            text = f"{name} ({shown(value)}) is for {by}, which is not on: turn that on, or leave {name} out."
+            yield Problem(text, name, *others)
 
 
 def _method_problems(config: RunConfig) -> Iterator[Problem]:

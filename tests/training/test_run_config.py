@@ -151,9 +151,9 @@ def test_contradictions_about_the_images_are_named(values: dict, message: str) -
             "resume goes on with training, and eval_only has none",
         ),
         ({"min_lr": 1e-4, "sched": "step"}, r"min_lr \(0.0001\) does nothing for sched step"),
-        ({"decay_rate": 0.5}, "decay_rate is for sched step, which is not on"),
-        ({"model_ema_warmup": True}, "model_ema_warmup is for model_ema, which is not on"),
-        ({"consistency_every": 3}, "consistency_every is for consistency_mode every, which is not on"),
+        ({"decay_rate": 0.5}, r"decay_rate \(0\.5\) is for sched step, which is not on"),
+        ({"model_ema_warmup": True}, r"model_ema_warmup \(True\) is for model_ema, which is not on"),
+        ({"consistency_every": 3}, r"consistency_every \(3\) is for consistency_mode every, which is not on"),
         (
             {"consistency_mode": "previous", "epochs": 1},
             "consistency_mode previous compares with the epoch before, and epochs is 1",

@@ -26,7 +26,6 @@ def steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], seed
         optimizer.step()
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.compile, which kron calls
 @pytest.mark.parametrize("name", ["adamw", "lamb", "momentum", "adafactorbv", "lookahead_adamw", "muon", "nadamw"])
 def test_an_optimizer_goes_on_bit_for_bit(name: str) -> None:
     torch.manual_seed(0)
