@@ -8,7 +8,7 @@ help:
 	@echo "make demo    the main job on digits, without a network (about two minutes)"
 	@echo "make test    install everything into $(VENV) if needed, and run the tests"
 	@echo "make soak    the same with the long tests at their full counts (takes far longer)"
-	@echo "make lowest  the tests with the oldest versions of its packages that it admits, in $(VENV)-lowest"
+	@echo "make lowest  the tests with the oldest versions that pyproject.toml admits, in $(VENV)-lowest"
 	@echo "make lint    ruff and pyright"
 	@echo "make audit   known vulnerabilities of what is installed (needs a network)"
 	@echo "make survey  inject into every timm architecture (slow)"
@@ -18,7 +18,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	@echo "Installing into $(VENV) (about 5 GB, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.installed

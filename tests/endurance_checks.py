@@ -37,7 +37,7 @@ from nolora_vision.training.run_config import RunConfig
 from tests.soak import times
 
 PYTHON = {*sys.stdlib_module_names, "builtins"}
-CYCLES, WARM_UP = times(1000, 150), 20
+CYCLES, WARM_UP = times(1000, 100), 20
 EPOCHS, WARM_EPOCHS = times(200, 30), times(20, 10)
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2, "mlp_ratio": 4.0}
 

@@ -167,7 +167,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CorruptAdapterError(f"{path} has {path.stat().st_size:,} bytes, more than any adapter config.")
         config = json.loads(path.read_bytes().decode(), parse_constant=_refuse_constant)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise AdapterNotFoundError(f"{path} does not exist. {wanted}") from error
+        inner = path.parent / "adapter"  # where train.py puts it, in the folder of a run
+        hint = f" Did you mean {inner}?" if (inner / path.name).is_file() else ""
+        raise AdapterNotFoundError(f"{path} does not exist. {wanted}{hint}") from error
     except OSError as error:
         raise AdapterNotFoundError(f"{path} cannot be read ({error.strerror}). {wanted}") from error
     except CheckpointError:

@@ -43,7 +43,7 @@ def describe(
     classes = getattr(model, "num_classes", None)
     if classes != before.get("num_classes"):
         before = {key: before[key] for key in ("preprocessing", "model_kwargs") if key in before}
-    images = {**cfg, **_own_input_size(model, cfg), **before.get("preprocessing", {}), **(preprocessing or {})}
+    images = {**cfg, **own_input_size(model, cfg), **before.get("preprocessing", {}), **(preprocessing or {})}
     kept = {key: before.get(key) if value is None else value for key, value in facts.items()}
     names = kept.get("class_names")
     kwargs = before.get("model_kwargs", own_kwargs(model)) if model_kwargs is None else dict(model_kwargs)
@@ -81,7 +81,8 @@ def plain_numbers(value: Any, place: str) -> Any:
     return value
 
 
-def _own_input_size(model: nn.Module, cfg: Mapping[str, Any]) -> dict[str, Any]:
+def own_input_size(model: nn.Module, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """{"input_size": (channels, height, width)} that a model was made for, if it is for one size alone."""
     size = image_size_of(model).get("img_size")
     if size is None:
         return {}

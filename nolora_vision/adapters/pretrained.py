@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nolora_vision.adapters.adapter_files import AdapterMismatchError, CorruptAdapterError, read_adapter_files
 from nolora_vision.adapters.blueprint import build_backbone
 from nolora_vision.adapters.checkpoint import apply_adapter, load_adapter
-from nolora_vision.adapters.description import PREPROCESSING, info_of
+from nolora_vision.adapters.description import PREPROCESSING, info_of, own_input_size
 from nolora_vision.adapters.hub import find_adapter, local_directory
 from nolora_vision.adapters.peft_format import is_peft
 from nolora_vision.surgery.groups import parameter_kind
@@ -106,6 +106,8 @@ def eval_transform(model: nn.Module) -> Any:
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:
     """input_size, mean, std, interpolation, crop_pct and crop_mode: the loaded adapter's, or else timm's own.
 
+    The size of the images is that which the model was made for, as `save_adapter` writes it.
+
     Raises:
         CorruptAdapterError: if the adapter's make no sense.
     """
@@ -115,7 +117,7 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
     saved = info_of(bare).get("preprocessing", {})
     _refuse_preprocessing(saved, "The loaded adapter")
     config: dict[str, Any] = resolve_model_data_config(bare)
-    return {**config, **{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}}
+    return {**config, **own_input_size(bare, config), **{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}}
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:

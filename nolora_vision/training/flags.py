@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, is_dataclass, make_dataclass
 from functools import cache
@@ -15,6 +15,21 @@ import tyro
 
 from nolora_vision.config import Problem, did_you_mean, shown
 from nolora_vision.training.kinds import in_words, kinds_of, must_be
+
+ELSEWHERE = {
+    "learning-rate": "lr",
+    "amp": "amp-dtype",
+    "num-train-epochs": "epochs",
+    "per-device-train-batch-size": "batch-size",
+    "gradient-accumulation-steps": "grad-accum-steps",
+    "warmup-ratio": "warmup-epochs",
+    "label-smoothing": "smoothing",
+    "r": "rank",
+    "lora-alpha": "alpha",
+    "lora-dropout": "dropout",
+    "target-modules": "targets",
+}
+"""What Transformers, PEFT and timm call a flag → the last part of ours."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ def read_flags(args: Sequence[str], *owners: type) -> Flags:
         spelling = group[0].partition("=")[0]
         flag = known.get(_normal(spelling))
         if flag is None:
-            hint = did_you_mean(_normal(spelling), known)
+            hint = _hint(_normal(spelling), known)
             problems.append(Problem(f"{shown(group[0])} is no flag.{hint}" if _is_flag(group[0]) else _stray(group)))
             continue
         spelled[flag.name] = spelling
@@ -149,6 +164,14 @@ def _normal(spelling: str) -> str:
     if re.match(r"-[^\W\d_]", spelling):
         return spelling[:2]
     return "--" + spelling[2:].replace("_", "-") if spelling.startswith("--") else spelling
+
+
+def _hint(spelling: str, known: Iterable[str]) -> str:
+    """' Did you mean …?': by another library's name, by the last part of a dotted name, or by the letters."""
+    meant = ELSEWHERE.get(spelling.removeprefix("--"), "")
+    ends = (f".{spelling.removeprefix('--')}", f".{meant}")
+    same = [name for name in known if name == f"--{meant}" or name.endswith(ends)]
+    return did_you_mean(same[0], same) if same else did_you_mean(spelling, known)
 
 
 def _stray(words: Sequence[str]) -> str:

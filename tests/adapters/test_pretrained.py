@@ -480,6 +480,7 @@ def test_preprocessing_and_class_names_are_the_adapters(tmp_path: Path) -> None:
     model = from_pretrained(tmp_path / "a")
     assert {key: preprocessing_of(model)[key] for key in said} == said
     assert preprocessing_of(full())["crop_pct"] != 0.5
+    assert preprocessing_of(timm.create_model("test_vit", img_size=32))["input_size"] == (3, 32, 32)
     picture = Image.new("RGB", (640, 640), (255, 0, 0))
     picture.paste((0, 255, 0), (160, 160, 480, 480))  # the central half, which crop_pct = 0.5 leaves
     x = eval_transform(model)(picture)

@@ -68,17 +68,17 @@ def test_two_processes_are_one_and_go_on_together(tmp_path: Path) -> None:
     assert two["metrics"]["test_loss"] == pytest.approx(one["metrics"]["test_loss"], rel=1e-4)
     assert two["metrics"]["train_forward_images"] == one["metrics"]["train_forward_images"] == 128
 
-    place = ["--output", str(tmp_path), "--epochs", "30", "-b", "8", "--validate-every", "0", "--experiment"]
+    place = ["--output", str(tmp_path), "--epochs", "12", "-b", "8", "--validate-every", "0", "--experiment"]
     whole, weights = trained(tmp_path / "whole", 2, *place, "whole")
     log = tmp_path / "log"
     with started(TRAIN, *ARGS, *place, "part", processes=2, log=log) as process:
-        process.until("epoch 2/30")
+        process.until("epoch 2/12")
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() != 0
     said = log.read_text()
     assert said.count("Stopping after this step") == 1 and "Go on: python train.py --resume" in said
     part, others = trained(tmp_path / "part", 2, *place, "part", "--resume", "auto")
-    assert len(part["resumed_at_updates"]) == 1 and part["resumed_at_updates"][0] < 120
+    assert len(part["resumed_at_updates"]) == 1 and part["resumed_at_updates"][0] < 48
     assert all(torch.equal(others[name], value) for name, value in weights.items())
     assert part["metrics"]["test_loss"] == whole["metrics"]["test_loss"]
 
@@ -90,7 +90,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux shows them")
 def test_a_process_that_is_killed_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """The first launch is a real one: nothing is forked."""
-    place = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "20", "-b", "8", "--validate-every", "0"]
+    place = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "8", "-b", "8", "--validate-every", "0"]
     place += ["--checkpoint-steps", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
@@ -98,7 +98,7 @@ def test_a_process_that_is_killed_ends_the_run_which_goes_on_from_its_checkpoint
     log = tmp_path / "log"
     with log.open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        while "epoch 2/20" not in log.read_text() and process.poll() is None:
+        while "epoch 2/8" not in log.read_text() and process.poll() is None:
             time.sleep(0.02)
         workers = children(process.pid)
         assert len(workers) == 2, log.read_text()

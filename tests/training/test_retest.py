@@ -46,6 +46,17 @@ def test_the_command_that_a_run_prints_tests_the_same_images(
     assert "warning: the adapter's classes are called 5, 6, 7, 8, 9; the images' 0, 1" in capsys.readouterr().err
 
 
+def test_a_run_on_random_frozen_weights_names_no_command_that_would_be_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, "--max-eval-samples", "20")
+    out = capsys.readouterr().out
+    assert "Its frozen weights are random and in no file" in out and "Use it" not in out and "Test it again" not in out
+    run = next(tmp_path.rglob("record.json")).parent
+    assert main(["--eval-only", "--adapter", str(run), "--dataset", "digits"]) == 2
+    assert f"Did you mean {run / 'adapter'}?" in capsys.readouterr().err
+
+
 def test_an_odd_batch_is_not_mixed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     few = ["--mixup", "0.2", "--max-train-samples", "13", "--output", str(tmp_path / "out")]
     assert main([*SCRATCH, *few]) == 2

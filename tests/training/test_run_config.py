@@ -10,6 +10,7 @@ import torch
 from nolora_vision import AdapterConfig, ConfigError
 from nolora_vision.methods.catalogue import METHODS
 from nolora_vision.training.config_file import dump_differences, dump_run_config, load_run_config, parse_run_config
+from nolora_vision.training.flags import ELSEWHERE
 from nolora_vision.training.ingredients import make_scheduler
 from nolora_vision.training.kinds import kinds_of
 from nolora_vision.training.run import main
@@ -188,6 +189,30 @@ def test_every_schedule_is_one_of_timm_and_steps_by_updates() -> None:
         scheduler = make_scheduler(RunConfig(sched=name), torch.optim.SGD([parameter], lr=1.0), batches=3)
         scheduler.step_update(3)
         assert 0 < scheduler.optimizer.param_groups[0]["lr"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("--rank", "--adapter.rank"),
+        ("--learning_rate", "--lr"),
+        ("--amp", "--amp-dtype"),
+        ("--lora-alpha", "--adapter.alpha"),
+        ("--r", "--adapter.rank"),
+        ("--per_device_train_batch_size", "--batch-size"),
+        ("--gradient-accumulation-steps", "--grad-accum-steps"),
+        ("--label-smoothing", "--smoothing"),
+    ],
+)
+def test_what_others_call_a_flag_is_understood(written: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config([written, "8"])
+    assert caught.value.problems == (f"{written!r} is no flag. Did you mean {meant!r}?",)
+
+
+def test_every_name_of_ours_that_others_names_stand_for_exists() -> None:
+    own = {*kinds_of(RunConfig), *kinds_of(AdapterConfig)}
+    assert {name.replace("-", "_") for name in ELSEWHERE.values()} <= own
 
 
 def test_file_and_flags_tell_all_their_mistakes_together_and_where_they_are(tmp_path: Path) -> None:
