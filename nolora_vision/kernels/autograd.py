@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from nolora_vision.kernels import eager, torch_stages
 from nolora_vision.kernels.eager import (
@@ -33,6 +35,7 @@ LEADING = 7
 AGAIN_FROM = 2**24
 """Numbers in x from which a GPU makes it again, instead of keeping it: for fewer the kernels that this takes (one for
 what an activation made, seven for a norm) would be launched for longer than they run."""
+_CACHES = _CachingTorchDispatchMode, _CachedTorchDispatchMode
 
 
 def low_rank_delta(
@@ -44,12 +47,14 @@ def low_rank_delta(
 ) -> Tensor:
     """As `eager.low_rank_delta`, with less memory and fewer passes over large tensors.
 
-    Inside `torch.func` transforms the definition itself runs: they need a rule for every operation.
+    Inside `torch.func` transforms and `torch.jit.trace` the definition itself runs: they need to see every operation.
+    A second derivative by x itself, where x is no leaf, misses what goes through A x, as x is made again as another
+    tensor; those by parameters and by what x was made of are whole. `eager` has it.
 
     Args:
         stages: what computes the three stages.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return eager.low_rank_delta(x, base, branches)
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base
@@ -81,7 +86,7 @@ class _Update(torch.autograd.Function):
         y, h, ctx.stacked = forward(x, given, weight, bias, branches, stages)
         kept = (x,) if origin is None else origin.tensors
         ctx.save_for_backward(h, weight, *operands, *kept)
-        ctx.branches, ctx.origin, ctx.stages = branches, origin, stages
+        ctx.branches, ctx.origin, ctx.stages = branches, _recipe_of(origin), stages
         ctx.shape, ctx.dtype = x.shape, x.dtype
         return y
 
@@ -121,9 +126,9 @@ class _Plain(torch.autograd.Function):
         with _AutocastOff(x.device.type):
             ctx.cast = cast(down, y.dtype), cast(up, y.dtype)  # small, and the backward pass would make them again
             h = F.linear(x.reshape(-1, x.shape[-1]), ctx.cast[0])
-            y.addmm_(h, ctx.cast[1].t())
+            y = _plus(y, h, ctx.cast[1].t())
         ctx.save_for_backward(h, weight, down, up, *((x,) if origin is None else origin.tensors))
-        ctx.origin, ctx.shape, ctx.dtype = origin, x.shape, x.dtype
+        ctx.origin, ctx.shape, ctx.dtype = _recipe_of(origin), x.shape, x.dtype
         return y
 
     @staticmethod
@@ -173,8 +178,21 @@ def forward(
         down, up = stacked_down(branches, y.dtype), stacked_up(branches, y.shape[-1], y.dtype)
         flat = cast(x, y.dtype).reshape(-1, x.shape[-1])
         h, z = stages.rank_features(flat, down, branches, y.dtype, _rows_per_sample(x.shape))
-        y.addmm_(z, up.t())
+        y = _plus(y, z, up.t())
     return y, h, (down, up)
+
+
+def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a b, into y; not where selective checkpointing may have put y aside."""
+    if torch._C._len_torch_dispatch_stack() and any(isinstance(m, _CACHES) for m in _get_current_dispatch_mode_stack()):
+        return torch.addmm(y, a, b)
+    return y.addmm_(a, b)
+
+
+def _recipe_of(origin: Origin | None) -> Origin | None:
+    """Without the tensors, which `save_for_backward` keeps: autograd lets go of those after the backward pass, but the
+    node itself lives as long as a loss does."""
+    return None if origin is None else origin._replace(tensors=())
 
 
 class _AutocastOff:
@@ -263,6 +281,7 @@ def _through_the_definition(
     x: Tensor, weight: Tensor | None, branches: Sequence[LowRank], dy: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients as functions, in the types of the forward pass: dy has that of its products, autocast on or not."""
+    branches = [with_operands(b, iter([t.view_as(t) for t in operands_of(b)])) for b in branches]  # one may be in two
     inputs = [x, *(t for branch in branches for t in operands_of(branch))]
     with _AutocastOff(dy.device.type):
         base = dy.new_zeros(*x.shape[:-1], dy.shape[-1]) if weight is None else Frozen(cast(weight, dy.dtype), None)

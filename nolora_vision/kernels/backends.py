@@ -147,6 +147,8 @@ def _warn_once(message: str) -> None:
 def use_backend(backend: str) -> Iterator[None]:
     """Inside the block adapters compute by this backend: auto, eager, autograd, custom_op, triton or triton_rank.
 
+    It holds for all threads of the process, so blocks of several threads must not overlap.
+
     Raises:
         ValueError: if no backend has this name.
     """
@@ -166,12 +168,15 @@ def low_rank_delta(
 
     Args:
         x: the frozen layer's input.
-        base: the frozen layer's output, or the layer itself as `Frozen(W, b)`, which saves a pass.
+        base: the frozen layer's output, or the layer itself as `Frozen(W, b)`, which saves a pass; if W or b asks for
+            a gradient it gets one, without that saving.
         branches: one `LowRank` for the whole layer, or one for each adapted part of a fused one.
         backend: `auto`, or one of `BACKENDS`; see `select_backend`. None takes that of `use_backend`, or auto.
     """
     if x.device.type == "meta" and not torch.is_grad_enabled():  # milliseconds for each operation, all to give a shape
         return F.linear(x, *base) if isinstance(base, Frozen) else torch.empty_like(base)
+    if isinstance(base, Frozen) and any(t is not None and t.requires_grad for t in base):
+        base = F.linear(x, *base)  # not frozen: autograd has to see it
     asked = backend or _chosen[0]
     name = select_backend(asked, x.device)[0]
     if name.startswith("triton") and asked == "auto" and (reason := _why_not_triton(x, base, branches)):

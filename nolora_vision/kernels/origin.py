@@ -72,7 +72,8 @@ class Input(NamedTuple):
 def origin_of(x: Tensor) -> Origin | None:
     """The origin of x, or None if x has to be kept. For use where gradients are enabled.
 
-    An x that was written into since it was made, which its node knows nothing of, has to be.
+    An x that was written into since it was made, which its node knows nothing of, has to be. What was written into
+    before a copy (`roll`, `contiguous`) made x of it cannot be told: write into a copy, or where gradients are enabled.
     """
     if x.grad_fn is None or x._version:
         return None

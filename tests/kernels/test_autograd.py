@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nolora_vision
 from nolora_vision.config import MODULATIONS, NONLINEARITIES
@@ -171,6 +175,46 @@ def test_gradients_that_are_not_asked_for_are_not_made(frozen: str) -> None:
     wanted = {"x": 4, "v": 6, "adapter": 3}  # dz; two into dx; dA, dB and dG; those with G itself come on top
     assert len([p for p in products if p != (3, 3)]) == wanted[frozen], products
     assert (x.grad is None) == (frozen == "x")
+
+
+def test_an_operand_of_two_branches_gets_its_gradient_once_in_a_second_derivative_too() -> None:
+    x, layer = leaf(4, 5), Frozen(torch.randn(6, 5, dtype=torch.float64), None)
+    one, other = (make_branch(name, "none", d=5, e=6, r=3) for name in ("tanh", "swish"))
+    y = autograd.low_rank_delta(x, layer, [one, other._replace(down=one.down)]).square().sum()
+    (plain,) = torch.autograd.grad(y, one.down, retain_graph=True)
+    (followed,) = torch.autograd.grad(y, one.down, create_graph=True)
+    torch.testing.assert_close(followed, plain)
+
+
+def adapted() -> nn.Module:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3, depth=1)
+    nolora_vision.inject(model, rank=2)
+    for parameter in nolora_vision.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_selective_checkpointing_may_put_the_frozen_product_aside() -> None:
+    products = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, products)
+    model, x = adapted(), torch.randn(2, 3, 32, 32)
+    for nonlinearity in ("swish", "identity"):
+        if nonlinearity == "identity":
+            nolora_vision.inject(nolora_vision.eject(model), rank=2, nonlinearity="identity", modulation="none")
+        wanted = torch.autograd.grad(model(x).sum(), (kept := list(nolora_vision.adapter_parameters(model))))
+        y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+        for one, other in zip(torch.autograd.grad(y.sum(), kept), wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_trace_has_the_definition_and_can_be_saved(tmp_path: Path) -> None:
+    model, x = adapted().eval(), torch.randn(2, 3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm's own checks, and that tracing is old
+        traced = torch.jit.trace(model, x)
+        torch.jit.save(traced, tmp_path / "traced.pt")
+        again = torch.jit.load(tmp_path / "traced.pt")
+    torch.testing.assert_close(again(x[:1]), model(x[:1]))
 
 
 def saved_bytes(run: Callable[[], Tensor], *, besides: tuple[Tensor, ...]) -> int:

@@ -8,9 +8,19 @@ import warnings
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import nolora_vision
-from nolora_vision.kernels import BACKENDS, Frozen, TritonUnavailable, backends, low_rank_delta, select_backend
+from nolora_vision.kernels import (
+    BACKENDS,
+    Frozen,
+    LowRank,
+    TritonUnavailable,
+    backends,
+    eager,
+    low_rank_delta,
+    select_backend,
+)
 from nolora_vision.kernels.eager import operands_of, with_operands
 from tests.operands import make_branch
 
@@ -22,6 +32,25 @@ def operands(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Frozen, 
     made = make_branch("swish", "gate", d=5, e=6, r=3)
     branch = with_operands(made, iter(t.detach().to(dtype).requires_grad_() for t in operands_of(made)))
     return torch.randn(4, 7, 5, dtype=dtype), Frozen(torch.randn(6, 5, dtype=dtype), None), branch
+
+
+@pytest.mark.parametrize("backend", ["eager", "autograd", "custom_op"])
+def test_a_base_that_is_not_frozen_gets_its_gradients(backend: str) -> None:
+    """Biases trained beside adapters, or everything after a warm-up of the adapters."""
+    x, base, branch = operands(torch.float64)
+    weight, bias = base.weight.requires_grad_(), torch.randn(6, dtype=torch.float64).requires_grad_()
+    wanted = torch.autograd.grad((F.linear(x, weight, bias) + update_of(x, branch)).square().sum(), [weight, bias])
+    for layer in (Frozen(weight, bias), Frozen(weight * 1, bias * 1)):  # parameters, and what was computed of some
+        y = low_rank_delta(x, layer, [branch], backend=backend)
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [weight, bias]), wanted)
+        if backend != "custom_op":
+            assert torch.equal(y, eager.low_rank_delta(x, layer, [branch]))
+    y = low_rank_delta(x, Frozen(weight.detach(), bias), [branch], backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), bias), wanted[1:])
+
+
+def update_of(x: torch.Tensor, branch: LowRank) -> torch.Tensor:
+    return eager.low_rank_delta(x, x.new_zeros(*x.shape[:-1], 6), [branch])
 
 
 def test_the_node_is_chosen() -> None:

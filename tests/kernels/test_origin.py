@@ -7,17 +7,36 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import nolora_vision
 from nolora_vision.benchmark.memory import model_tensors, saved_bytes
-from nolora_vision.kernels import Frozen, autograd, eager, use_backend
+from nolora_vision.kernels import Frozen, autograd, eager, low_rank_delta, use_backend
 from nolora_vision.kernels.eager import operands_of, with_operands
 from nolora_vision.kernels.origin import origin_of
 from tests.operands import make_branch
 
 WEIGHT, BIAS = torch.linspace(0.5, 1.5, 6, dtype=torch.float64), torch.linspace(-1, 1, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["eager", "autograd", "custom_op"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_after_the_backward_pass_nothing_is_kept_though_the_loss_lives(backend: str, plain: bool) -> None:
+    """A loop's last loss does until the next one is there: the next forward pass must not add to what it kept."""
+    u, layer = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True), Frozen(torch.ones(6, 6).double(), None)
+    branch = make_branch("identity", "none", d=6) if plain else make_branch("swish", "gate", d=6)
+    before = u * 2
+    memory = StorageWeakRef(before.untyped_storage())
+    x = F.gelu(before)
+    del before
+    with use_backend(backend):
+        loss = low_rank_delta(x, layer, [branch]).sum()
+    del x
+    assert not memory.expired()
+    loss.backward()
+    assert memory.expired() and loss.grad_fn is not None
 
 
 def norm(u: Tensor) -> Tensor:
