@@ -103,7 +103,7 @@ def export(
     feeds = probe_images(preprocessing, normalize)
     expected = eager_outputs(graph, feeds)
     fold_where_possible(graph.model)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder, _quiet():
+    with _folder_beside(target) as folder, _quiet():
         scratch = Path(folder) / target.name
         _step(f"The {format} export", lambda: kind.write(_trace(graph, feeds[1]), scratch, metadata))
         got = _step(f"{kind.runtime} on the exported file", lambda: _outputs(kind, scratch, feeds))
@@ -111,6 +111,13 @@ def export(
         os.replace(scratch, target)
     size = preprocessing["input_size"]
     return ExportReport(target, format, target.stat().st_size, {kind.runtime: difference}, largest, BATCHES, size)
+
+
+def _folder_beside(target: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}.") from error
 
 
 def check_target(path: str | Path, format: str) -> Path:
@@ -129,6 +136,8 @@ def check_target(path: str | Path, format: str) -> Path:
     if target.is_dir() or not target.parent.is_dir():
         problem = "is a folder" if target.is_dir() else "would lie in a folder that does not exist"
         raise ExportError(f"{path} {problem}. Name a file in a folder that exists.")
+    if not os.access(target.parent, os.W_OK):
+        raise ExportError(f"{path}: the folder {target.parent} cannot be written to. Choose another.")
     return target
 
 

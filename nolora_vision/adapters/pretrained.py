@@ -117,11 +117,8 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
     saved = info_of(bare).get("preprocessing", {})
     _refuse_preprocessing(saved, "The loaded adapter")
     config: dict[str, Any] = resolve_model_data_config(bare)
-    return {
-        **config,
-        **own_input_size(bare, config),
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()},
-    }
+    said = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return {**config, **own_input_size(bare, config), **said}
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:

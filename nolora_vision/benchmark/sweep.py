@@ -24,7 +24,7 @@ from nolora_vision.benchmark.sweep_task import Task
 from nolora_vision.training.config_file import as_plain
 from nolora_vision.training.engine import slow_precision
 from nolora_vision.training.errors import RunError
-from nolora_vision.training.progress import RunsProgress, print_columns
+from nolora_vision.training.progress import RunsProgress, print_anything, print_columns
 from nolora_vision.training.record import environment, write_atomic, write_record
 from nolora_vision.training.run import run
 from nolora_vision.training.shelf import Shelf
@@ -57,6 +57,7 @@ def main(
         retry_failed: Run again what failed.
         dry_run: Only say what is missing.
     """
+    print_anything()
     try:
         if processes < 1 or not (max_hours is None or 0 <= max_hours < math.inf):
             wanted = "processes must be at least 1, and max_hours a number of at least 0"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from tyro.conf import Positional, arg
 
 from nolora_vision.training.progress import print_table
@@ -41,9 +42,9 @@ def export_command(
     from nolora_vision.adapters.export import check_target, export
 
     check_target(output, format)  # before anything is loaded
-    with Console(stderr=True).status(f"Loading {source} …") as status:  # shown on a terminal only
+    with Console(stderr=True).status(escape(f"Loading {source} …")) as status:  # shown on a terminal only
         model = from_pretrained(source, revision=revision, device="cpu")
-        status.update(f"Writing and checking {output} …")
+        status.update(escape(f"Writing and checking {output} …"))
         report = export(model, output, format=format, normalize=normalize, input_size=input_size)
     print_table(f"{source} → {output}", report_rows(report, normalize=normalize))
     return 0

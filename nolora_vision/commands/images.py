@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 import re
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from nolora_vision.training.images import image_suffixes
+
+UNREAD = "could not be read:"
 
 
 @dataclass
@@ -43,7 +46,8 @@ def find_images(names: Iterable[str]) -> Found:
 
 def read_names(lines: Iterable[bytes]) -> list[str]:
     """Paths from a list, one a line; empty lines are none."""
-    return [os.fsdecode(line) for line in (line.rstrip(b"\r\n") for line in lines) if line]
+    stripped = (line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8) for line in lines)
+    return [os.fsdecode(line) for line in stripped if line]
 
 
 def natural_key(path: str) -> list[tuple[int, int | str]]:
@@ -57,18 +61,23 @@ def _expand(name: str) -> tuple[Sequence[str], str | None]:
     path = os.path.expanduser(name)
     if not os.path.lexists(path) and glob.has_magic(path):
         matches = sorted(glob.glob(path, recursive=True), key=natural_key)
-        files = [file for match in matches for file in _expand(match)[0]]
-        return files, None if files else "nothing matches"
+        expanded = [_expand(match) for match in matches]
+        files = [file for found, _ in expanded for file in found]
+        problems = [problem for _, problem in expanded if problem and problem.startswith(UNREAD)]
+        return files, "; ".join(problems) or (None if files else "nothing matches")
     if os.path.isdir(path):
-        files = _below(path)
-        return files, None if files else "a folder without images"
+        files, unread = _below(path)
+        return files, unread or (None if files else "a folder without images")
     return ([path], None) if os.path.lexists(path) else ([], "does not exist")
 
 
-def _below(folder: str) -> list[str]:
+def _below(folder: str) -> tuple[list[str], str]:
+    """The images, and which folders could not be looked into."""
     suffixes, files = image_suffixes(), []
-    for parent, folders, names in os.walk(folder):
+    unread: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=unread.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         shown = (name for name in names if not name.startswith("."))
         files += [os.path.join(parent, name) for name in shown if os.path.splitext(name)[1].lower() in suffixes]
-    return sorted(files, key=natural_key)
+    told = ", ".join(f"{error.filename} ({error.strerror})" for error in unread)
+    return sorted(files, key=natural_key), told and f"{UNREAD} {told}"

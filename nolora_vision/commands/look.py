@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv as csv_module
 import io
 import json as json_module
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +18,8 @@ from nolora_vision.adapters.anatomy import Anatomy, anatomy, as_plain
 from nolora_vision.adapters.card import full_name, method_name
 from nolora_vision.adapters.hub import find_adapter
 from nolora_vision.commands.adapter_table import print_updates
-from nolora_vision.commands.predictions import printable
+from nolora_vision.commands.outputs import refuse_unwritable, to_stdout, writing
+from nolora_vision.commands.predictions import printable, valid_unicode
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.record import write_atomic
 
@@ -46,20 +46,22 @@ def summary_command(
         csv: also write a line for each layer to this file; - is stdout, instead of the table.
         json: also write everything to this file, the values of v and θ included; - is stdout, instead of the table.
     """
-    outputs = {"picture": picture, "csv": csv, "json": json}
-    _refuse_unusable(outputs)
+    outputs = {"csv": csv, "json": json, "picture": picture}
+    refuse_unwritable(outputs, pictures="picture")
     directory = find_adapter(source, revision=revision)
     found, console = anatomy(directory), Console(highlight=False)
     facts = header(found, directory)
-    if "-" not in outputs.values():
+    if "-" not in (csv, json):
         show(found, facts, console, title=source, by=by)
-    for path, text in ((csv, as_csv), (json, lambda found: as_json(found, facts))):
-        if path == "-":
-            print(text(found), end="")
-        elif path is not None:
-            write_atomic(Path(path), text(found))
-    if picture is not None:
-        _draw(found, Path(picture), title=f"{facts['method']} · {facts['model']}")
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        with writing(name, path):
+            if name == "picture":
+                _draw(found, Path(path), title=f"{facts['method']} · {facts['model']}")
+                continue
+            text = valid_unicode(as_csv(found) if name == "csv" else as_json(found, facts))
+            to_stdout(text) if path == "-" else write_atomic(Path(path), text)
 
 
 def header(found: Anatomy, directory: Path) -> dict[str, str]:
@@ -139,21 +141,6 @@ def _draw(found: Anatomy, path: Path, *, title: str) -> None:
     from nolora_vision.commands.adapter_picture import adapter_picture
 
     adapter_picture(path, found.rows, title=title)
-
-
-def _refuse_unusable(outputs: Mapping[str, str | None]) -> None:
-    if outputs["csv"] == outputs["json"] == "-":
-        raise RunError("--csv - and --json - both want stdout. Give one of them a file.")
-    for name, path in ((name, Path(path)) for name, path in outputs.items() if path and (path, name) != ("-", name)):
-        if name == "picture" and path.suffix.lower() != ".png":
-            raise RunError(f"--picture writes a PNG file, got {path}. Let its name end in .png.")
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise RunError(f"--{name} {path} cannot be written. Name a file in a folder that exists and is yours.")
-    if outputs["picture"] is not None:
-        from nolora_vision.training.figures import pyplot
-
-        if pyplot() is None:
-            raise RunError("--picture needs matplotlib: pip install 'nolora-vision[plots]'.")
 
 
 def _classes(config: Mapping[str, Any]) -> str:

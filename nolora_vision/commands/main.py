@@ -9,6 +9,8 @@ from typing import Any
 
 import tyro
 
+from nolora_vision.training.progress import print_anything
+
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """128 + the signal's number, as shells have it."""
 DESCRIPTION = """Use adapters that nolora_vision has trained.
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"nolora-vision {__version__}")
         return 0
+    print_anything()
     show_traceback = "--traceback" in args
     try:
         code = run([arg for arg in args if arg != "--traceback"])

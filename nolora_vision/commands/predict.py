@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +16,10 @@ from tyro.conf import Positional, arg
 
 from nolora_vision.commands.classifier import load_model, predict_images
 from nolora_vision.commands.images import Found, find_images, read_names
+from nolora_vision.commands.outputs import refuse_inputs, refuse_unwritable, to_stdout, writing
 from nolora_vision.commands.predictions import Prediction, as_csv, as_json, as_lines, print_table, printable
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.record import write_atomic
 
 GRID_IMAGES = 100
 
@@ -39,7 +42,8 @@ def predict_command(
     """Classify images with a saved adapter.
 
     On a terminal the result is a table; elsewhere a line for each image: path, class, probability, class, probability,
-    …, separated by tabs. Exits with 0, with 1 if an image could not be read, with 2 if nothing could be done.
+    …, separated by tabs. Exits with 0, with 1 if an image could not be read, with 2 if nothing could be done. Interrupted,
+    it keeps what there is of a file as FILE.partial.
 
     Args:
         source: the adapter: a directory that training wrote, or its id on the Hugging Face Hub.
@@ -57,32 +61,40 @@ def predict_command(
     outputs = {"csv": csv, "json": json, "grid": grid}
     refuse_unusable({"top-k": top_k, "batch-size": batch_size, "workers": workers}, outputs)
     found = find_all(images)
-    shown = "-" not in outputs.values()
-    outcomes, words = predict_with_bar(
+    refuse_inputs(outputs, found.paths)
+    outcomes = [Prediction(name, skipped=why) for name, why in found.missing]
+    words = predict_with_bar(
         found.paths,
+        outcomes,
+        outputs=outputs,
         model={"source": source, "device": device, "revision": revision, "amp_dtype": amp_dtype},
-        lines=shown and not sys.stdout.isatty(),
-        thumbnails=GRID_IMAGES if grid else 0,
         options={"top_k": top_k, "batch_size": batch_size, "amp_dtype": amp_dtype, "workers": workers},
     )
-    outcomes = [*(Prediction(name, skipped=why) for name, why in found.missing), *outcomes]
     write_files(outcomes, outputs, title=source)
-    if shown and sys.stdout.isatty():
+    if "-" not in outputs.values() and sys.stdout.isatty():
         print_table(outcomes, f"{printable(source)} · {words}", Console(highlight=False))
     return report(outcomes, found.repeated)
 
 
 def predict_with_bar(
-    paths: Sequence[str], *, model: Mapping[str, Any], lines: bool, thumbnails: int, options: Mapping[str, Any]
-) -> tuple[list[Prediction], str]:
-    """The outcome for each path, and in words how many there were in what time; with `lines` printed as they come.
+    paths: Sequence[str],
+    outcomes: list[Prediction],
+    *,
+    outputs: Mapping[str, str | None],
+    model: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> str:
+    """In words how many images there were in what time; the outcome for each is appended.
 
     Args:
+        outputs: files by flag; what there is for them is kept where this ends early. Without stdout among them each
+            outcome is printed, too, but on a terminal.
         model: arguments of `load_model`.
         options: of `predict_images`.
     """
-    outcomes: list[Prediction] = []
-    with progress_bar(len(paths)) as bar:
+    known, thumbnails = len(outcomes), GRID_IMAGES if outputs["grid"] else 0
+    lines = "-" not in outputs.values() and not sys.stdout.isatty()
+    with progress_bar(len(paths)) as bar, kept_if_interrupted(outcomes, outputs):
         loaded, device_name = load_model(**model)
         bar.update(bar.task_ids[0], description="predicting")
         started = time.perf_counter()
@@ -92,8 +104,8 @@ def predict_with_bar(
             outcomes += batch
             bar.advance(bar.task_ids[0], len(batch))
         seconds = time.perf_counter() - started
-    count = sum(not p.skipped for p in outcomes)
-    return outcomes, f"{count:,} image{'' if count == 1 else 's'} in {seconds:.1f} s on {device_name}"
+    count = sum(not p.skipped for p in outcomes[known:])
+    return f"{count:,} image{'' if count == 1 else 's'} in {seconds:.1f} s on {device_name}"
 
 
 def refuse_unusable(numbers: Mapping[str, int], outputs: Mapping[str, str | None]) -> None:
@@ -105,27 +117,7 @@ def refuse_unusable(numbers: Mapping[str, int], outputs: Mapping[str, str | None
     for name, value in numbers.items():
         if value < 1:
             raise RunError(f"--{name} must be at least 1, got {value}.")
-    if outputs["csv"] == outputs["json"] == "-":
-        raise RunError("--csv - and --json - both want stdout. Give one of them a file.")
-    for name, path in outputs.items():
-        if path is not None and (path != "-" or name == "grid"):
-            _refuse_unwritable(name, Path(path))
-    if outputs["grid"] is not None:
-        from nolora_vision.training.figures import pyplot
-
-        if pyplot() is None:
-            raise RunError("--grid needs matplotlib: pip install 'nolora-vision[plots]'.")
-
-
-def _refuse_unwritable(name: str, path: Path) -> None:
-    if name == "grid" and path.suffix.lower() != ".png":
-        raise RunError(f"--grid writes a PNG file, got {path}. Let its name end in .png.")
-    if path.is_dir():
-        raise RunError(f"--{name} {path} is a folder. Name a file in it.")
-    if not path.parent.is_dir():
-        raise RunError(f"--{name} {path}: there is no folder {path.parent}. Create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise RunError(f"--{name} {path}: the folder {path.parent} cannot be written to. Choose another.")
+    refuse_unwritable(outputs, pictures="grid")
 
 
 def find_all(names: Sequence[str]) -> Found:
@@ -154,23 +146,36 @@ def write_files(outcomes: Sequence[Prediction], outputs: Mapping[str, str | None
     Raises:
         RunError: if one cannot be written.
     """
-    from nolora_vision.training.record import write_atomic
-
     good = [p for p in outcomes if not p.skipped]
-    columns = max((len(p.classes) for p in good), default=1)
-    texts = {"csv": lambda: as_csv(outcomes, columns), "json": lambda: as_json(outcomes)}
     for name, path in outputs.items():
-        try:
-            if path == "-":
-                sys.stdout.write(texts[name]())
-            elif path is not None and name == "grid":
+        if path is None:
+            continue
+        with writing(name, path):
+            if name == "grid":
                 write_grid(Path(path), good, title=title)
-            elif path is not None:
-                write_atomic(Path(path), texts[name]())
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise RunError(f"--{name} {path} could not be written: {error.strerror or error}.") from error
+            elif path == "-":
+                to_stdout(_as_text(name, outcomes))
+            else:
+                write_atomic(Path(path), _as_text(name, outcomes))
+
+
+def _as_text(name: str, outcomes: Sequence[Prediction]) -> str:
+    return as_json(outcomes) if name == "json" else as_csv(outcomes, max((len(p.classes) for p in outcomes), default=0))
+
+
+@contextmanager
+def kept_if_interrupted(outcomes: Sequence[Prediction], outputs: Mapping[str, str | None]) -> Iterator[None]:
+    """What was predicted until an interruption or an error is not lost: it is written beside each file's place."""
+    try:
+        yield
+    except BaseException:
+        for name, path in outputs.items():
+            if outcomes and path not in (None, "-") and name != "grid":
+                partial = Path(f"{path}.partial")
+                with suppress(OSError):
+                    write_atomic(partial, _as_text(name, outcomes))
+                    print(f"Kept the first {len(outcomes):,} outcomes in {partial}.", file=sys.stderr)
+        raise
 
 
 def report(outcomes: Sequence[Prediction], repeated: int) -> int:

@@ -45,7 +45,7 @@ def as_csv(predictions: Sequence[Prediction], top_k: int) -> str:
     for prediction in predictions:
         if not prediction.skipped:
             writer.writerow(_fields(prediction))
-    return _valid_unicode(stream.getvalue())
+    return valid_unicode(stream.getvalue())
 
 
 def as_json(predictions: Sequence[Prediction]) -> str:
@@ -63,7 +63,7 @@ def as_json(predictions: Sequence[Prediction]) -> str:
     ]
     skipped = [{"path": p.path, "reason": p.skipped} for p in predictions if p.skipped]
     content = {"predictions": rows, "skipped": skipped}
-    return _valid_unicode(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return valid_unicode(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def as_lines(predictions: Sequence[Prediction]) -> str:
@@ -159,6 +159,6 @@ def _ordinal(k: int) -> str:
     return f"{k}{ending}"
 
 
-def _valid_unicode(text: str) -> str:
+def valid_unicode(text: str) -> str:
     """Names of files need not be Unicode, text files do."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -264,9 +264,7 @@ def show(record: Mapping[str, Any], folder: Path) -> None:
     print_table(f"{record['method']} · {record['model']} · {record['dataset']['id']}", rows)
     print(f"{folder}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in folder.iterdir()))}")
     if not record["config"]["pretrained"] and record["method"] != "full":
-        print(
-            "Its frozen weights are random and in no file: it is of use only with the model that this process trained."
-        )
+        print("Its frozen weights are random and in no file: it is of use with the model of this process alone.")
         return
     print(f"Use it: nolora-vision predict {folder / 'adapter'} IMAGES…")
     print(f"Test it again: python train.py --eval-only --adapter {folder / 'adapter'} {_same_images(record['config'])}")

@@ -8,6 +8,14 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+
+def print_anything() -> None:
+    """From here on stdout and stderr write escapes for what their encoding lacks: a pipe on Windows has no λ, no →."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class LiveProgress:
@@ -67,7 +75,7 @@ class RunsProgress:
     def __init__(self, runs: int, console: Console | None = None) -> None:
         self.console = console or Console()
         self.bar = Progress(
-            TextColumn("[bold]{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", style="bold", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:.0f} %"),
             TextColumn("loss {task.fields[loss]:.3f}"),
@@ -96,7 +104,7 @@ class RunsProgress:
 
     def say(self, text: str) -> None:
         """Print above the bar."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
         """An epoch of so many steps begins."""
@@ -153,6 +161,8 @@ def print_columns(
 def _print(table: Table, title: str, rows: Sequence[Sequence[str]], console: Console | None) -> None:
     console = console or Console()
     for row in rows:
-        table.add_row(*row)
-    console.print(f"[italic]{title}", soft_wrap=True, highlight=False)  # a table's own title wraps at its width
+        table.add_row(*map(Text, row))
+    console.print(
+        Text(title, style="italic"), soft_wrap=True, highlight=False
+    )  # a table's own title wraps at its width
     console.print(table)

@@ -55,7 +55,11 @@ def peak_memory() -> dict[str, Any]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
+    """Write a text file so that it is there whole or not at all; a link stays one, a pipe or a device is written to."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = Path(os.path.realpath(path))
     scratch = path.with_name(f".{path.name}.{os.getpid()}")  # not tempfile's: others may read the result
     try:
         scratch.write_text(text, encoding="utf-8")

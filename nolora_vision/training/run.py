@@ -57,7 +57,7 @@ from nolora_vision.training.ingredients import (
 from nolora_vision.training.lost_loaders import lost_worker_explained
 from nolora_vision.training.prepare import prepare
 from nolora_vision.training.processes import from_main_process, leave_processes, on_main_process, processes
-from nolora_vision.training.progress import LiveProgress, Silence
+from nolora_vision.training.progress import LiveProgress, Silence, print_anything
 from nolora_vision.training.resume import adopt_changes, finished_record, folder_to_resume
 from nolora_vision.training.retest import run_eval_only
 from nolora_vision.training.run_config import RunConfig
@@ -70,6 +70,7 @@ from nolora_vision.training.trackers import begin_trackers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 after one message about what the user can mend; 130 or 143 if it was told to stop."""
+    print_anything()
     code = run_and_tell(argv)
     leave_processes()  # not after an exception that nobody expects: then the others may be in the middle of talking
     return code

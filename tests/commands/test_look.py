@@ -157,9 +157,7 @@ def test_a_head_alone_and_full_training_say_that_there_is_nothing_to_show(
 def test_damage_and_unusable_outputs_are_errors_of_the_user(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"--picture writes a PNG file, got a\.pdf"):
         summary_command(str(directory), picture="a.pdf")
-    with pytest.raises(
-        RunError, match=r"--json .*missing/a.json cannot be written. Name a file in a folder that exists"
-    ):
+    with pytest.raises(RunError, match=r"--json .*missing/a.json: there is no folder .*missing. Create it first"):
         summary_command(str(directory), json=str(tmp_path / "missing" / "a.json"))
     with pytest.raises(RunError, match="both want stdout"):
         summary_command(str(directory), json="-", csv="-")
