@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,6 +82,6 @@ def writing(name: str, path: str) -> Iterator[None]:
 
 def to_stdout(text: str) -> None:
     """Write what is for programs: UTF-8, whatever a terminal has."""
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout.write(text)

@@ -42,8 +42,8 @@ def predict_command(
     """Classify images with a saved adapter.
 
     On a terminal the result is a table; elsewhere a line for each image: path, class, probability, class, probability,
-    …, separated by tabs. Exits with 0, with 1 if an image could not be read, with 2 if nothing could be done. Interrupted,
-    it keeps what there is of a file as FILE.partial.
+    …, separated by tabs. Exits with 0, with 1 if an image could not be read, with 2 if nothing could be done. Where it
+    ends early, what there is of each file is kept as FILE.partial.
 
     Args:
         source: the adapter: a directory that training wrote, or its id on the Hugging Face Hub.

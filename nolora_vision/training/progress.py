@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +15,7 @@ from rich.text import Text
 def print_anything() -> None:
     """From here on stdout and stderr write escapes for what their encoding lacks: a pipe on Windows has no λ, no →."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
