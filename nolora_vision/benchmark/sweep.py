@@ -47,7 +47,8 @@ def main(
 ) -> int:
     """Run what is missing of a sweep: candidates of each method on validation images, then the chosen ones on the test.
 
-    Kill it at any moment and call it again; call it several times at once to share the work.
+    Kill it at any moment and call it again; call it several times at once to share the work. Exits with 0, or with 1
+    if a method could not be chosen for, as runs of it failed.
 
     Args:
         sweep_file: YAML with base, methods, axes, choose and seeds.
@@ -80,12 +81,12 @@ def main(
         command = [sys.executable, "-m", "nolora_vision.benchmark.sweep", str(sweep_file), "--output", str(folder)]
         return in_processes([*command, *([] if max_hours is None else ["--max-hours", str(max_hours)])], processes)
     end_with_parent()
-    conduct(sweep, folder, deadline=None if max_hours is None else time.monotonic() + 3600 * max_hours)
-    return 0
+    now = conduct(sweep, folder, deadline=None if max_hours is None else time.monotonic() + 3600 * max_hours)
+    return 1 if now.held else 0
 
 
-def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> None:
-    """Do what is missing until nothing is, or until the next run would not end before the deadline.
+def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> Plan:
+    """Do what is missing until nothing is, or until the next run would not end before the deadline; the plan then.
 
     Args:
         folder: of the results.
@@ -105,16 +106,17 @@ def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> Non
             if not missing:
                 break
             if is_orphaned():
-                return
+                return now
             if deadline is not None and time.monotonic() + statistics.median(seconds) > deadline:
                 progress.say(f"The time is up; at least {len(missing)} runs are left. Call it again to go on.")
-                return
+                return now
             started = time.monotonic()
             if not any(claim_and_run(task, sweep, folder, shelf, progress) for task in missing):
                 time.sleep(WAIT_SECONDS)  # others do what is left
                 continue
             seconds = [*seconds, time.monotonic() - started][-20:]
     show(now, results)
+    return now
 
 
 def claim_and_run(task: Task, sweep: Sweep, folder: Path, shelf: Shelf, progress: RunsProgress) -> bool:

@@ -103,7 +103,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(
         return real(config, **options)
 
     monkeypatch.setattr(sweeping, "run", picky)
-    conduct(sweep, folder)
+    assert main(tmp_path / "s.yaml", output=folder) == 1
     results = read_results(folder)
     failures = [r for r in results.values() if r["status"] == "failed"]
     assert len(results) == 6 and {(r["error"], r["error_type"]) for r in failures} == {
