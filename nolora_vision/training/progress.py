@@ -163,7 +163,6 @@ def _print(table: Table, title: str, rows: Sequence[Sequence[str]], console: Con
     console = console or Console()
     for row in rows:
         table.add_row(*map(Text, row))
-    console.print(
-        Text(title, style="italic"), soft_wrap=True, highlight=False
-    )  # a table's own title wraps at its width
+    # a table's own title wraps at its width
+    console.print(Text(title, style="italic"), soft_wrap=True, highlight=False)
     console.print(table)
