@@ -19,6 +19,7 @@ $(VENV)/.installed: pyproject.toml
 	@echo "Installing into $(VENV) (about 5 GB, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) --editable '.[dev]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true # on all cores, where pip takes one
 	@touch $@
 
 demo: $(VENV)/.installed
