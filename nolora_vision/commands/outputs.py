@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.record import is_special
 
 
 def refuse_unwritable(outputs: Mapping[str, str | None], pictures: str) -> None:
@@ -45,7 +46,9 @@ def _refuse(name: str, path: Path, pictures: str) -> None:
         raise RunError(f"--{name} writes a PNG file, got {path}. Let its name end in .png.")
     if path.is_dir():
         raise RunError(f"--{name} {path} is a folder. Name a file in it.")
-    if path.exists() and not path.is_file():  # a pipe or a device, which is written to as it is
+    if is_special(path):
+        if name == pictures:
+            raise RunError(f"--{name} {path} is a pipe or a device. Name a file.")
         return
     if not path.parent.is_dir():
         raise RunError(f"--{name} {path}: there is no folder {path.parent}. Create it first.")

@@ -19,7 +19,7 @@ from nolora_vision.commands.images import Found, find_images, read_names
 from nolora_vision.commands.outputs import refuse_inputs, refuse_unwritable, to_stdout, writing
 from nolora_vision.commands.predictions import Prediction, as_csv, as_json, as_lines, print_table, printable
 from nolora_vision.training.errors import RunError
-from nolora_vision.training.record import write_atomic
+from nolora_vision.training.record import is_special, write_atomic
 
 GRID_IMAGES = 100
 
@@ -152,7 +152,7 @@ def write_files(outcomes: Sequence[Prediction], outputs: Mapping[str, str | None
             continue
         with writing(name, path):
             if name == "grid":
-                write_grid(Path(path), good, title=title)
+                write_grid(Path(os.path.realpath(path)), good, title=title)
             elif path == "-":
                 to_stdout(_as_text(name, outcomes))
             else:
@@ -160,7 +160,7 @@ def write_files(outcomes: Sequence[Prediction], outputs: Mapping[str, str | None
 
 
 def _as_text(name: str, outcomes: Sequence[Prediction]) -> str:
-    return as_json(outcomes) if name == "json" else as_csv(outcomes, max((len(p.classes) for p in outcomes), default=0))
+    return as_json(outcomes) if name == "json" else as_csv(outcomes, max([1, *(len(p.classes) for p in outcomes)]))
 
 
 @contextmanager
@@ -169,13 +169,20 @@ def kept_if_interrupted(outcomes: Sequence[Prediction], outputs: Mapping[str, st
     try:
         yield
     except BaseException:
-        for name, path in outputs.items():
-            if outcomes and path not in (None, "-") and name != "grid":
-                partial = Path(f"{path}.partial")
-                with suppress(OSError):
-                    write_atomic(partial, _as_text(name, outcomes))
-                    print(f"Kept the first {len(outcomes):,} outcomes in {partial}.", file=sys.stderr)
+        if any(not p.skipped for p in outcomes):
+            _keep(outcomes, outputs)
         raise
+
+
+def _keep(outcomes: Sequence[Prediction], outputs: Mapping[str, str | None]) -> None:
+    for name in ("csv", "json"):
+        path = outputs[name]
+        if path is None or path == "-" or is_special(Path(path)):
+            continue
+        partial = Path(f"{path}.partial")
+        with suppress(OSError):
+            write_atomic(partial, _as_text(name, outcomes))
+            print(f"Kept the first {len(outcomes):,} outcomes in {partial}.", file=sys.stderr)
 
 
 def report(outcomes: Sequence[Prediction], repeated: int) -> int:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from nolora_vision.kernels import eager, torch_stages
 from nolora_vision.kernels.eager import (
@@ -35,7 +33,6 @@ LEADING = 7
 AGAIN_FROM = 2**24
 """Numbers in x from which a GPU makes it again, instead of keeping it: for fewer the kernels that this takes (one for
 what an activation made, seven for a norm) would be launched for longer than they run."""
-_CACHES = _CachingTorchDispatchMode, _CachedTorchDispatchMode
 
 
 def low_rank_delta(
@@ -183,10 +180,8 @@ def forward(
 
 
 def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y + a b, into y; not where selective checkpointing may have put y aside."""
-    if torch._C._len_torch_dispatch_stack() and any(isinstance(m, _CACHES) for m in _get_current_dispatch_mode_stack()):
-        return torch.addmm(y, a, b)
-    return y.addmm_(a, b)
+    """y + a b, into y; not where a dispatch mode, as selective checkpointing's, may have put y aside."""
+    return torch.addmm(y, a, b) if torch._C._len_torch_dispatch_stack() else y.addmm_(a, b)
 
 
 def _recipe_of(origin: Origin | None) -> Origin | None:

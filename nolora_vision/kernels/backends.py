@@ -175,7 +175,7 @@ def low_rank_delta(
     """
     if x.device.type == "meta" and not torch.is_grad_enabled():  # milliseconds for each operation, all to give a shape
         return F.linear(x, *base) if isinstance(base, Frozen) else torch.empty_like(base)
-    if isinstance(base, Frozen) and any(t is not None and t.requires_grad for t in base):
+    if isinstance(base, Frozen) and (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)):
         base = F.linear(x, *base)  # not frozen: autograd has to see it
     asked = backend or _chosen[0]
     name = select_backend(asked, x.device)[0]

@@ -22,14 +22,13 @@ ELSEWHERE = {
     "num-train-epochs": "epochs",
     "per-device-train-batch-size": "batch-size",
     "gradient-accumulation-steps": "grad-accum-steps",
-    "warmup-ratio": "warmup-epochs",
     "label-smoothing": "smoothing",
     "r": "rank",
     "lora-alpha": "alpha",
     "lora-dropout": "dropout",
     "target-modules": "targets",
 }
-"""What Transformers, PEFT and timm call a flag → the last part of ours."""
+"""What Transformers, PEFT, timm and torchvision call a flag of the same meaning → the last part of ours."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def peak_memory() -> dict[str, Any]:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all; a link stays one, a pipe or a device is written to."""
-    if path.exists() and not path.is_file():
+    if is_special(path):
         path.write_text(text, encoding="utf-8")
         return
     path = Path(os.path.realpath(path))
@@ -67,6 +67,11 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, which no file may take the place of."""
+    return path.exists() and not path.is_file()
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 
 import nolora_vision
 from nolora_vision.commands import predict
@@ -96,6 +97,13 @@ def test_links_stay_links_and_pipes_are_written_to(adapter: Path, photos: Path, 
     assert pipe.is_fifo() and len(json.loads(got[0])["predictions"]) == 4
     assert main(["predict", str(adapter), str(photos), "--json", os.devnull]) == 0
     assert not Path(os.devnull).is_file()
+    picture = tmp_path / "pipe.png"
+    pipe.rename(picture)
+    assert main(["predict", str(adapter), str(photos), "--grid", str(picture)]) == 2 and picture.is_fifo()
+    picture.unlink()
+    picture.symlink_to(tmp_path / "results" / "1.png")
+    assert main(["predict", str(adapter), str(photos), "--grid", str(picture)]) == 0
+    assert picture.is_symlink() and (tmp_path / "results" / "1.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_errors_of_the_system_are_one_message(
@@ -135,6 +143,18 @@ def test_what_was_predicted_until_it_ended_is_kept(
     assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png"]
     assert len(json.loads(Path(f"{tree}.partial").read_text("utf-8"))["predictions"]) == 2
     assert f"Kept the first 2 outcomes in {table}.partial." in capsys.readouterr().err
+
+
+def test_a_table_of_no_predictions_has_its_columns(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    assert main(["predict", str(adapter), str(tmp_path / "empty.png"), "--csv", str(tmp_path / "p.csv")]) == 1
+    assert (tmp_path / "p.csv").read_text() == "path,class_1,probability_1\n"
+
+
+def test_where_nothing_was_predicted_nothing_is_kept(adapter: Path, photos: Path, tmp_path: Path) -> None:
+    flags = [str(photos), str(photos / "missing.png"), "--csv", str(tmp_path / "p.csv")]
+    assert main(["predict", str(tmp_path / "no-adapter"), *flags]) == 2
+    assert not list(tmp_path.glob("p.csv*"))
 
 
 @pytest.mark.parametrize(
@@ -191,8 +211,10 @@ def test_a_list_may_begin_with_the_mark_of_utf_8() -> None:
 
 def test_square_brackets_are_letters(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("runs[v1] → m[bold].pt2", [("file", "a[/b].pt2")])
-    progress = RunsProgress(1)
-    progress.begin("label [/x]")
-    progress.say("lr [1e-3, 2e-3] [/x]")
     out = capsys.readouterr().out
-    assert "runs[v1] → m[bold].pt2" in out and "a[/b].pt2" in out and "[/x]" in out
+    assert "runs[v1] → m[bold].pt2" in out and "a[/b].pt2" in out
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with RunsProgress(1, terminal) as progress:  # elsewhere there is no bar
+        progress.begin("label [/x]")
+        progress.say("lr [1e-3, 2e-3] [/y]")
+    assert "label [/x]" in terminal.file.getvalue() and "lr [1e-3, 2e-3] [/y]" in terminal.file.getvalue()
