@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from nolora_vision.config import AdapterConfig
@@ -13,11 +14,15 @@ from nolora_vision.methods.adaptformer import add_adaptformer
 from nolora_vision.methods.catalogue import METHODS, MethodError, chosen_options
 from nolora_vision.methods.peft_layers import add_peft_layers
 from nolora_vision.methods.selective import train_biases, train_norms
+from nolora_vision.surgery.adapter import adapted_layers
 from nolora_vision.surgery.applied import APPLIED, Applied, applied_to
 from nolora_vision.surgery.inject import freeze_backbone, inject, is_injected
 from nolora_vision.surgery.wrappers import bare_model
 
 Model = TypeVar("Model", bound=nn.Module)
+
+GROUPS = {"lr_ratio": "adapter_b", "rank_space_lr_ratio": "adapter_rank_space"}
+"""Options that set a rate over A's → the optimizer group that it is the rate of."""
 
 
 def apply_method(
@@ -87,6 +92,18 @@ def _inject_ours(
 ) -> Applied:
     adapter = own_config(method, adapter)
     inject(model, adapter, example_input=example_input)
-    ratio = float(options["lr_ratio"])
-    matrices = (name for name, _ in model.named_parameters() if name.endswith(".lora_B"))
-    return Applied(method, adapter, options, faster=frozenset(matrices if ratio != 1 else ()), lr_ratio=ratio)
+    if (gain := options["init_gain"]) != 1:
+        with torch.no_grad():
+            for layer in adapted_layers(model).values():
+                for branch in layer.adapter.branches():
+                    branch.lora_A.mul_(gain)
+    ratios = {GROUPS[name]: float(options[name]) for name in GROUPS if options.get(name, 1) != 1}
+    groups = {name: _group(name) for name, _ in model.named_parameters() if ".adapter." in f".{name}"}
+    groups = {name: group for name, group in groups.items() if group in ratios}
+    return Applied(method, adapter, options, groups=groups, ratios=ratios)
+
+
+def _group(name: str) -> str:
+    """The optimizer group of an adapter's parameter, if it has a rate of its own."""
+    part = name.rpartition(".")[2]
+    return {"lora_A": "adapter", "lora_B": GROUPS["lr_ratio"]}.get(part, GROUPS["rank_space_lr_ratio"])

@@ -37,10 +37,12 @@ class Method:
 
 
 _PRNG = {"projection_prng_key": 0}
+_LORA = {"lr_ratio": 1.0, "init_gain": 1.0}  # B's rate over A's (LoRA+), and A at its start over LoRA's
+_OURS = {**_LORA, "rank_space_lr_ratio": 1.0}  # the rate of v, G, c and θ over A's
 METHODS: Mapping[str, Method] = {
-    "nolora": Method("nonlinear low-rank adapters, as the adapter config says", "ours", "rank", {"lr_ratio": 1.0}),
-    "lora": Method("the same without nonlinearity and modulation: LoRA", "ours", "rank", {"lr_ratio": 1.0}),
-    "aurora": Method("AuroRA's nonlinearity between A and B, no modulation", "ours", "rank", {"lr_ratio": 1.0}),
+    "nolora": Method("nonlinear low-rank adapters, as the adapter config says", "ours", "rank", _OURS),
+    "lora": Method("the same without nonlinearity and modulation: LoRA", "ours", "rank", _LORA),
+    "aurora": Method("AuroRA's nonlinearity between A and B, no modulation", "ours", "rank", _OURS),
     "linear": Method("the classifier alone", "whole"),
     "full": Method("everything", "whole", lr=1e-4),
     "bitfit": Method("every bias", "selective", lr=1e-3),
@@ -95,7 +97,10 @@ def _positive(value: object) -> bool:
 _RULES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     **dict.fromkeys(("n_frequency", "block_size", "bottleneck", "randlora_alpha"), ("whole, from 1", _whole(1))),
     **dict.fromkeys(("depth", "projection_prng_key", "random_loc_seed"), ("whole, from 0", _whole(0))),
-    **dict.fromkeys(("lr_ratio", "scale", "scaling", "d_initial"), ("a positive number", _positive)),
+    **dict.fromkeys(
+        ("lr_ratio", "rank_space_lr_ratio", "init_gain", "scale", "scaling", "d_initial"),
+        ("a positive number", _positive),
+    ),
     "act_fn": ("a name", lambda value: isinstance(value, str) and bool(value)),
 }
 

@@ -152,8 +152,8 @@ def _applied(
         layers=tuple(paths),
         parameters=frozenset(names),
         undecayed=having(FACTORS),
-        faster=having(MATRICES_B) if ratio != 1 else frozenset(),
-        lr_ratio=ratio,
+        groups=dict.fromkeys(having(MATRICES_B), "adapter_b") if ratio != 1 else {},
+        ratios={"adapter_b": ratio} if ratio != 1 else {},
         unheld=tuple(paths) if PEFT_METHODS[method].reads_weight else (),
     )
 

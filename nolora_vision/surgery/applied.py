@@ -28,9 +28,10 @@ class Applied:
     """Names of those adapters' parameters."""
     undecayed: frozenset[str] = frozenset()
     """Names of those of them that weight decay leaves alone: factors that start at 1, biases."""
-    faster: frozenset[str] = frozenset()
-    """Names of the parameters that train at `lr_ratio` times the rate of the others: every B (LoRA+)."""
-    lr_ratio: float = 1.0
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Names of adapter parameters that train at another rate → their optimizer group, as every B's with LoRA+."""
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    """The rate of each such group over that of the other adapter parameters."""
     unheld: tuple[str, ...] = ()
     """Paths of modules that read their frozen weight otherwise than as a factor under autocast; see `hold_frozen`."""
 

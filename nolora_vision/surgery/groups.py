@@ -51,10 +51,11 @@ def param_groups(
     """Optimizer groups of everything that trains, named adapter, head and backbone, each with a `_no_decay` twin.
 
     Not decayed: v, θ and c of the adapters, and what else is a factor or a bias in those of peers; biases, norms and
-    `model.no_weight_decay()` elsewhere. With LoRA+'s `lr_ratio` every B is in a group of its own, adapter_b.
+    `model.no_weight_decay()` elsewhere. With LoRA+'s `lr_ratio` every B is in a group of its own, adapter_b; with a
+    `rank_space_lr_ratio` v, G, c and θ are, adapter_rank_space.
 
     Args:
-        lr: of the adapters, and of backbone parameters if any train; with an `lr_ratio` r, B's is r · lr.
+        lr: of the adapters, and of backbone parameters if any train; groups with a ratio r of their own have r · lr.
         head_lr: of the classifier; None means lr.
         weight_decay: of the decayed groups.
 
@@ -76,13 +77,13 @@ def param_groups(
             decayed = name.rpartition(".")[2] in DECAYED
         else:
             decayed = parameter.ndim > 1 and not bare.endswith(".bias") and bare not in spared
-        kind = "adapter_b" if bare in applied.faster else kind
+        kind = applied.groups.get(bare, kind)
         members.setdefault(kind if decayed else f"{kind}_no_decay", []).append(parameter)
     if not members:
         raise ValueError(
             "No parameter of the model requires a gradient. Call nolora_vision.inject(model), or set requires_grad."
         )
-    rates = {"head": lr if head_lr is None else head_lr, "adapter_b": applied.lr_ratio * lr}
+    rates = {"head": lr if head_lr is None else head_lr} | {name: r * lr for name, r in applied.ratios.items()}
     return [
         {
             "name": name,

@@ -202,7 +202,9 @@ def test_a_default_of_a_methods_options_is_part_of_the_run(monkeypatch: pytest.M
 def test_defaults_that_have_changed_are_known_to_older_records() -> None:
     """Whoever changes a default adds the old one to FORMER_OPTIONS; records that state all options need no entry."""
     then = {
-        **{method: {"lr_ratio": 1.0} for method in ("nolora", "lora", "aurora", "peft-lora", "rslora", "dora")},
+        **{m: {"lr_ratio": 1.0, "init_gain": 1.0, "rank_space_lr_ratio": 1.0} for m in ("nolora", "aurora")},
+        "lora": {"lr_ratio": 1.0, "init_gain": 1.0},
+        **{method: {"lr_ratio": 1.0} for method in ("peft-lora", "rslora", "dora")},
         **{method: {} for method in ("linear", "full", "bitfit", "layernorm", "pissa", "hira", "ia3")},
         "adaptformer": {"bottleneck": None, "scale": 0.1},
         "lora-plus": {"lr_ratio": 16.0},

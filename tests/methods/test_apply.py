@@ -184,6 +184,20 @@ def applied_paths(model: nn.Module) -> tuple[str, ...]:
     return applied.layers
 
 
+def test_init_gain_scales_a_and_changes_no_output() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    for method in ("lora", "nolora", "aurora"):
+        torch.manual_seed(0)
+        usual = apply_method(MODELS["vit"].build(), method, CONFIG).eval()
+        torch.manual_seed(0)
+        model = apply_method(MODELS["vit"].build(), method, CONFIG, options={"init_gain": 4}).eval()
+        ours, theirs = adapted_layers(model), adapted_layers(usual)
+        for path, layer in ours.items():
+            for one, other in zip(layer.adapter.branches(), theirs[path].adapter.branches(), strict=True):
+                assert torch.equal(one.lora_A, 4 * other.lora_A)
+        assert torch.equal(model(x), usual(x))
+
+
 def test_rates_and_decay() -> None:
     for method in ("lora", "nolora", "aurora", "peft-lora", "dora", "lora-plus"):
         model = apply_method(MODELS["vit"].build(), method, CONFIG, options={"lr_ratio": 4})
@@ -197,6 +211,17 @@ def test_rates_and_decay() -> None:
     plus = nolora_vision.param_groups(fresh(MODELS["vit"], "lora-plus"), lr=1e-3)
     assert {g["name"]: g["lr"] for g in plus}["adapter_b"] == 16e-3
     assert "adapter_b" not in {g["name"] for g in nolora_vision.param_groups(fresh(MODELS["vit"], "lora"), lr=1)}
+    options = {"rank_space_lr_ratio": 3, "lr_ratio": 2}
+    model = apply_method(MODELS["vit"].build(), "nolora", CONFIG, options=options)
+    groups = {g["name"]: g for g in nolora_vision.param_groups(model, lr=1e-3, weight_decay=0.1)}
+    rates = {name: (g["lr"], g["weight_decay"], len(g["params"])) for name, g in groups.items() if "adapter" in name}
+    layers = len(adapted_layers(model))
+    assert rates == {
+        "adapter": (1e-3, 0.1, layers),
+        "adapter_b": (2e-3, 0.1, layers),
+        "adapter_rank_space": (3e-3, 0.1, layers),
+        "adapter_rank_space_no_decay": (3e-3, 0.0, 3 * layers),
+    }
     for method, spared in (("dora", "magnitude"), ("vera", "lambda_d"), ("ia3", "ia3_l"), ("adaptformer", "bias")):
         model = fresh(MODELS["vit"], method)
         named = {p: name for name, p in model.named_parameters()}
