@@ -65,7 +65,7 @@ from nolora_vision.training.sharded import is_sharded
 from nolora_vision.training.shelf import Shelf
 from nolora_vision.training.snapshot import Snapshot
 from nolora_vision.training.stopping import Checkpointer, StopRequest, saved_if_stopped
-from nolora_vision.training.trackers import begin_trackers
+from nolora_vision.training.trackers import begin_trackers, end_trackers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,7 +234,7 @@ def train_and_test(
         if score_test:
             scores = evaluate(parts.model, parts.test, accelerator=accelerator, poll=keeper.poll)
             accelerator.log({"test_top1_percent": scores.top1_percent}, step=config.epochs)
-    accelerator.end_training()
+    end_trackers(accelerator)
     return result, scores
 
 

@@ -32,3 +32,13 @@ def begin_trackers(
     accelerator.init_trackers("nolora-vision", config=facts, init_kwargs=options)
     for row in history:
         log_row(accelerator, row)
+
+
+def end_trackers(accelerator: Any) -> None:
+    """Let them write what they still hold.
+
+    Not accelerate's `end_training`, which also ends the connections between processes: a DDP model that outlives them
+    waits, as it is deleted, for a thread of gloo's that may be waiting for Python, so for ever (torch 2.10).
+    """
+    for tracker in accelerator.trackers:
+        tracker.finish()

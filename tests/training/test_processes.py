@@ -55,6 +55,32 @@ def test_processes_end_well_right_after_their_last_message(tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
 
 
+RUNS = """
+import gc, sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from nolora_vision.training import processes, run
+
+def leave():
+    assert torch.distributed.is_initialized(), "the connections ended before the model"
+    assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel], "the model is still there"
+    processes.leave_processes()
+
+run.leave_processes = leave
+sys.exit(run.main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over TCP is not tried on Windows")
+def test_the_wrapped_model_is_gone_before_the_connections_end(tmp_path: Path) -> None:
+    """The other way round a run that was done hung now and then: its model was the last to hold gloo's threads."""
+    script = tmp_path / "runs.py"
+    script.write_text(RUNS, encoding="utf-8")
+    place = ["--output", str(tmp_path), "--epochs", "1", "-b", "8"]
+    done = finished(str(script), *ARGS, *place, processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over TCP is not tried on Windows")
 def test_two_processes_are_one_and_go_on_together(tmp_path: Path) -> None:
     place = ["--output", str(tmp_path), "--epochs", "2", "--experiment"]
