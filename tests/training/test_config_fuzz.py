@@ -58,7 +58,7 @@ ODD_LINES = (
 
 
 def fuzz(strategy: st.SearchStrategy[Any], outcome: Callable[[Any], str], examples: int) -> None:
-    """Try so many; each outcome must be met by a tenth of them."""
+    """Try so many; each outcome must be met by a twentieth of them."""
     outcomes: Counter[str] = Counter()
 
     @settings(
@@ -70,7 +70,7 @@ def fuzz(strategy: st.SearchStrategy[Any], outcome: Callable[[Any], str], exampl
 
     attempt()
     print(f"{sum(outcomes.values())} examples: {dict(outcomes)}")
-    assert sum(outcomes.values()) >= examples and min(outcomes["config"], outcomes["error"]) >= examples / 10
+    assert sum(outcomes.values()) >= examples and min(outcomes["config"], outcomes["error"]) >= examples / 20
 
 
 def outcome_of(make: Callable[[], RunConfig], folder: Path) -> str:
@@ -195,7 +195,7 @@ def by_tyro(args: list[str]) -> RunConfig | None:
     try:
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             return tyro.cli(RunConfig, args=args, default=RunConfig())
-    except SystemExit:
+    except (SystemExit, ConfigError):  # tyro makes the one of the other from some version on
         return None
 
 
