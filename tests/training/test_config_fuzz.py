@@ -57,8 +57,8 @@ ODD_LINES = (
 """Lines that YAML reads as few people expect, or not at all."""
 
 
-def fuzz(strategy: st.SearchStrategy[Any], outcome: Callable[[Any], str], examples: int) -> None:
-    """Try so many; each outcome must be met by a twentieth of them."""
+def fuzz(strategy: st.SearchStrategy[Any], outcome: Callable[[Any], str], examples: int, share: int = 10) -> None:
+    """Try so many; each outcome must be met by one of `share` of them."""
     outcomes: Counter[str] = Counter()
 
     @settings(
@@ -70,7 +70,7 @@ def fuzz(strategy: st.SearchStrategy[Any], outcome: Callable[[Any], str], exampl
 
     attempt()
     print(f"{sum(outcomes.values())} examples: {dict(outcomes)}")
-    assert sum(outcomes.values()) >= examples and min(outcomes["config"], outcomes["error"]) >= examples / 20
+    assert sum(outcomes.values()) >= examples and min(outcomes["config"], outcomes["error"]) >= examples / share
 
 
 def outcome_of(make: Callable[[], RunConfig], folder: Path) -> str:
@@ -216,4 +216,5 @@ def test_command_lines_over_yaml(tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_bytes(parts[0])
         return outcome_of(lambda: parse_run_config([*parts[1], "-c", str(tmp_path / "c.yaml")]), tmp_path)
 
-    fuzz(st.tuples(yaml_files(), command_lines()), outcome, 400)
+    # Both have to be good: 45 of 400 were, 30 with .ci/lowest.txt and Python 3.10, which was not traced further.
+    fuzz(st.tuples(yaml_files(), command_lines()), outcome, 400, share=20)
