@@ -1,4 +1,4 @@
-"""The same as one autograd node: it makes no copy of the base output, and keeps A x and, at most, x.
+"""The same as one autograd node: it makes no copy of the base output, and keeps its rank space and, at most, x.
 
 What costs time, the passes over M × D and M × E numbers, is done by hand and in place, in three stages: x to the rank
 space, dy through it, and its gradients to A and x. Where x is what a norm or an activation made of something that is
@@ -64,7 +64,7 @@ def low_rank_delta(
         operands = [t for branch in branches for t in operands_of(branch)]
         y = _Update.apply(x, given, weight, bias, tuple(branches), origin, stages, *operands)
     else:
-        y, _, _ = forward(x, given, weight, bias, branches, stages, owned=False)
+        y, *_ = forward(x, given, weight, bias, branches, stages, owned=False)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 
@@ -80,18 +80,18 @@ class _Update(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, given: Tensor | None, *rest: Any) -> Tensor:
         """y: (M, E). The node does not keep it: blocks may write into it (`qkv += bias`)."""
         weight, bias, branches, origin, stages, *operands = rest
-        y, h, ctx.stacked = forward(x, given, weight, bias, branches, stages)
+        y, space, ctx.stacked = forward(x, given, weight, bias, branches, stages)
         kept = (x,) if origin is None else origin.tensors
-        ctx.save_for_backward(h, weight, *operands, *kept)
-        ctx.branches, ctx.origin, ctx.stages = branches, _recipe_of(origin), stages
+        ctx.save_for_backward(weight, *space, *operands, *kept)
+        ctx.branches, ctx.origin, ctx.stages, ctx.of_space = branches, _recipe_of(origin), stages, len(space)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of x, the given base and every operand, as far as they are asked for."""
-        h, weight, *saved = ctx.saved_tensors
-        source = iter(saved)
+        weight, *saved = ctx.saved_tensors
+        space, source = saved[: ctx.of_space], iter(saved[ctx.of_space :])
         branches = [with_operands(branch, source) for branch in ctx.branches]
         kept = Input(tuple(source), ctx.origin, ctx.shape, ctx.dtype)
         wanted = ctx.needs_input_grad
@@ -100,7 +100,7 @@ class _Update(torch.autograd.Function):
             found = _through_the_definition(kept.x(), weight, branches, dy, asked)
         else:
             with _AutocastOff(dy.device.type):
-                found = by_hand(kept, h, weight, branches, dy, asked, ctx.stages, ctx.stacked)
+                found = by_hand(kept, space, weight, branches, dy, asked, ctx.stages, ctx.stacked)
         d_base = dy.view(*ctx.shape[:-1], dy.shape[-1]) if wanted[1] else None
         return found[0], d_base, *[None] * (LEADING - 2), *found[1:]
 
@@ -161,10 +161,10 @@ def forward(
     stages: ModuleType,
     *,
     owned: bool = True,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """y: (M, E), h: (M, R), and A: (R, D) and B: (E, R), stacked, in y's type; with autograd off.
+) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, Tensor]]:
+    """y: (M, E); h: (M, R) and what else the stages want kept; A: (R, D) and B: (E, R), stacked, in y's type.
 
-    y is a buffer of its own and, if `owned`, no view of it.
+    With autograd off. y is a buffer of its own and, if `owned`, no view of it.
     """
     if given is None:
         assert weight is not None
@@ -174,9 +174,9 @@ def forward(
     with _AutocastOff(x.device.type):
         down, up = stacked_down(branches, y.dtype), stacked_up(branches, y.shape[-1], y.dtype)
         flat = cast(x, y.dtype).reshape(-1, x.shape[-1])
-        h, z = stages.rank_features(flat, down, branches, y.dtype, _rows_per_sample(x.shape))
+        h, z, *bends = stages.rank_features(flat, down, branches, y.dtype, _rows_per_sample(x.shape))
         y = _plus(y, z, up.t())
-    return y, h, (down, up)
+    return y, (h, z, *bends) if bends else (h,), (down, up)
 
 
 def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _rows_per_sample(shape: torch.Size) -> int:
 
 def by_hand(
     kept: Input,
-    h: Tensor,
+    space: Sequence[Tensor | None],
     weight: Tensor | None,
     branches: Sequence[LowRank],
     dy: Tensor,
@@ -245,6 +245,7 @@ def by_hand(
     """Gradients of x and of the operands, `wanted` in this order; each large tensor is read once for each product.
 
     Args:
+        space: what `forward` wants kept, or the first of it, h, alone.
         stacked: A and B of all branches, from `forward`; small, and costly for Python to make again.
     """
     dtype, shape = dy.dtype, kept.shape
@@ -252,7 +253,8 @@ def by_hand(
         stacked = stacked_down(branches, dtype), stacked_up(branches, dy.shape[-1], dtype)
     down, up = stacked
     rows = _rows_per_sample(shape)
-    dh, d_up, d_small = stages.rank_gradients(dy, h, branches, up, rows, trains=any(wanted[1:]))
+    h, *more = space
+    dh, d_up, d_small = stages.rank_gradients(dy, h, branches, up, rows, *more, trains=any(wanted[1:]))
     found: list[Tensor | None] = [None]
     if wanted[0]:
         if weight is None:

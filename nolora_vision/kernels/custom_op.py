@@ -17,6 +17,7 @@ from torch import Tensor
 from nolora_vision.kernels import autograd
 from nolora_vision.kernels.eager import FORMULAS, Frozen, LowRank, operands_of, with_operands
 from nolora_vision.kernels.origin import Input
+from nolora_vision.kernels.products import exact
 
 
 def low_rank_delta(x: Tensor, base: Tensor | Frozen, branches: Sequence[LowRank], stages: str = "torch") -> Tensor:
@@ -95,7 +96,8 @@ def update(
     stages: str,
 ) -> tuple[Tensor, Tensor]:
     """(y: (M, E), h: (M, R)); see `autograd.low_rank_delta`."""
-    y, h, _ = autograd.forward(x, given, weight, bias, _branches(branches, operands), _stages(stages))
+    y, (h, *_), _ = autograd.forward(x, given, weight, bias, _branches(branches, operands), _stages(stages))
+    assert h is not None
     return y, h
 
 
@@ -105,8 +107,10 @@ def _(x: Any, given: Any, weight: Any, bias: Any, operands: Any, branches: str, 
     like = weight if given is None else given
     assert like is not None
     width = like.shape[0 if given is None else -1]
-    rank = sum(branch.down.shape[0] for branch in _branches(branches, operands))
-    h_type = like.dtype if stages == "torch" else torch.float32
+    made = _branches(branches, operands)
+    rank = sum(branch.down.shape[0] for branch in made)
+    plain = stages == "torch" and autograd.torch_stages.passes_through(made)
+    h_type = like.dtype if plain else exact(like.dtype)
     return like.new_empty(rows, width), x.new_empty(rows, rank, dtype=h_type)
 
 
@@ -146,7 +150,7 @@ def update_backward(
     kept = Input((x,), None, x.shape, x.dtype)
     leaves = [t.detach().requires_grad_(asked) for t, asked in zip(operands, wanted[1:], strict=True)]
     with _autograd_inside_an_operator(), torch.no_grad():
-        found = autograd.by_hand(kept, h, weight, _branches(branches, leaves), dy, wanted, _stages(stages))
+        found = autograd.by_hand(kept, (h,), weight, _branches(branches, leaves), dy, wanted, _stages(stages))
     return [_own(t) for t in found if t is not None]
 
 

@@ -1,92 +1,99 @@
 """f and its derivatives by hand, for the formulas where that costs less than autograd's own graph in the rank space.
 
-Each entry takes h: (..., R) and θ and gives f_θ(h) with a function that pulls a gradient g of f back to h and to each
-part of θ, before the sum over the leading dimensions. A formula without an entry is differentiated by autograd; one
-that is changed in `eager.py` has to be changed here, or taken out here: tests compare the two.
+A formula without an entry is computed and differentiated as it stands in `eager.py`. One that is changed there has to
+be changed here, or taken out here: tests compare the two, values bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Pull = Callable[[Tensor], tuple[Tensor, ...]]
+
+class ByHand(NamedTuple):
+    """A formula as the node computes it, for h: (..., R) and the parts of θ."""
+
+    bend: Callable[..., Tensor | None]
+    """(h, *θ) → what is costly in f, the tanh as a rule: (..., R), kept for the backward pass; None if nothing is."""
+    value: Callable[..., Tensor]
+    """(h, bend, *θ) → f_θ(h), the definition's own bits."""
+    pull: Callable[..., tuple[Tensor, ...]]
+    """(g, h, bend, *θ) → the gradient g of f pulled back to h, and to each part of θ before the sum over rows."""
 
 
-def identity(h: Tensor) -> tuple[Tensor, Pull]:
-    """f = h."""
-    return h, lambda g: (g,)
+def _nothing(h: Tensor, *theta: Tensor) -> None:
+    """Nothing is kept."""
 
 
-def tanh(h: Tensor) -> tuple[Tensor, Pull]:
+def _tanh_pull(g: Tensor, h: Tensor, t: Tensor) -> tuple[Tensor]:
     """f' = 1 − f²."""
-    f = torch.tanh(h)
-    return f, lambda g: (torch.ops.aten.tanh_backward(g, f),)
+    return (torch.ops.aten.tanh_backward(g, t),)
 
 
-def relu(h: Tensor) -> tuple[Tensor, Pull]:
+def _relu_pull(g: Tensor, h: Tensor, _: None) -> tuple[Tensor]:
     """f' = [h > 0]."""
-    return F.relu(h), lambda g: (g * (h > 0),)
+    return (g * (h > 0),)
 
 
-def gelu(h: Tensor) -> tuple[Tensor, Pull]:
+def _gelu_pull(g: Tensor, h: Tensor, _: None) -> tuple[Tensor]:
     """f' = Φ(h) + h φ(h)."""
-    return F.gelu(h), lambda g: (torch.ops.aten.gelu_backward(g, h),)
+    return (torch.ops.aten.gelu_backward(g, h),)
 
 
-def silu(h: Tensor) -> tuple[Tensor, Pull]:
+def _silu_pull(g: Tensor, h: Tensor, _: None) -> tuple[Tensor]:
     """f' = σ (1 + h (1 − σ)), σ = σ(h)."""
-    return F.silu(h), lambda g: (torch.ops.aten.silu_backward(g, h),)
+    return (torch.ops.aten.silu_backward(g, h),)
 
 
-def swish(h: Tensor, beta: Tensor) -> tuple[Tensor, Pull]:
+def _swish_pull(g: Tensor, h: Tensor, t: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """With t = tanh(β h / 2) and k = h (1 − t²) / 2: ∂f/∂h = 1 + t + β k and ∂f/∂β = h k."""
-    t = torch.tanh(0.5 * beta * h)
-
-    def pull(g: Tensor) -> tuple[Tensor, Tensor]:
-        gk = torch.ops.aten.tanh_backward(g * h, t).mul_(0.5)
-        return torch.addcmul(g, g, t).addcmul_(gk, beta), gk * h
-
-    return torch.addcmul(h, h, t), pull
+    gk = torch.ops.aten.tanh_backward(g * h, t).mul_(0.5)
+    return torch.addcmul(g, g, t).addcmul_(gk, beta), gk * h
 
 
-def residual_tanh(h: Tensor, mix: Tensor, slope: Tensor) -> tuple[Tensor, Pull]:
+def _residual_tanh_pull(g: Tensor, h: Tensor, t: Tensor, mix: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """With t = tanh(b h): ∂f/∂h = 1 + a (b (1 − t²) − 1), ∂f/∂a = t − h, ∂f/∂b = a h (1 − t²)."""
-    t = torch.tanh(slope * h)
-    bend = t - h
-
-    def pull(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ga = torch.ops.aten.tanh_backward(g, t) * mix
-        return torch.addcmul(g - g * mix, ga, slope), g * bend, ga * h
-
-    return torch.addcmul(h, mix, bend), pull
+    ga = torch.ops.aten.tanh_backward(g, t) * mix
+    return torch.addcmul(g - g * mix, ga, slope), g * (t - h), ga * h
 
 
-def rational(h: Tensor, linear: Tensor, square: Tensor, pole: Tensor) -> tuple[Tensor, Pull]:
+def _rational_value(h: Tensor, _: None, linear: Tensor, square: Tensor, pole: Tensor) -> Tensor:
+    squared = h * h
+    return h * ((1 + linear * h + square * squared) / (1 + pole * pole * squared))
+
+
+def _rational_pull(
+    g: Tensor, h: Tensor, _: None, linear: Tensor, square: Tensor, pole: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With d = 1 + t² h² and f = h n / d: ∂f/∂p = h² / d, ∂f/∂q = h³ / d, ∂f/∂t = −2 t h³ n / d²."""
     squared, steep = h * h, pole * pole
     inverse = 1 / (1 + steep * squared)
     ratio = (1 + linear * h + square * squared) * inverse
-
-    def pull(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gi = g * inverse
-        slope = linear + 2 * h * (square - steep * ratio)
-        cube = gi * squared * h
-        return g * ratio + gi * h * slope, gi * squared, cube, -2 * pole * cube * ratio
-
-    return h * ratio, pull
+    gi = g * inverse
+    slope = linear + 2 * h * (square - steep * ratio)
+    cube = gi * squared * h
+    return g * ratio + gi * h * slope, gi * squared, cube, -2 * pole * cube * ratio
 
 
-DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Pull]]] = {
-    "identity": identity,
-    "tanh": tanh,
-    "relu": relu,
-    "gelu": gelu,
-    "silu": silu,
-    "swish": swish,
-    "residual_tanh": residual_tanh,
-    "rational": rational,
+BY_HAND: dict[str, ByHand] = {
+    "identity": ByHand(_nothing, lambda h, _: h, lambda g, h, _: (g,)),
+    "tanh": ByHand(torch.tanh, lambda h, t: t, _tanh_pull),
+    "relu": ByHand(_nothing, lambda h, _: F.relu(h), _relu_pull),
+    "gelu": ByHand(_nothing, lambda h, _: F.gelu(h), _gelu_pull),
+    "silu": ByHand(_nothing, lambda h, _: F.silu(h), _silu_pull),
+    "swish": ByHand(
+        lambda h, beta: torch.tanh(0.5 * beta * h),
+        lambda h, t, beta: h * (1 + t),
+        _swish_pull,
+    ),
+    "residual_tanh": ByHand(
+        lambda h, mix, slope: torch.tanh(slope * h),
+        lambda h, t, mix, slope: h + mix * (t - h),
+        _residual_tanh_pull,
+    ),
+    "rational": ByHand(_nothing, _rational_value, _rational_pull),
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nolora_vision.kernels.products import cast
+from nolora_vision.kernels.products import cast, exact
 
 # ---------------------------------------------------------------------------------------------- nonlinearities f_θ
 
@@ -209,7 +209,7 @@ class Frozen(NamedTuple):
 
 def rank_space(h: Tensor, branch: LowRank) -> Tensor:
     """s · v ⊙ f_θ(h): (..., R) → (..., R), in at least fp32."""
-    h = cast(h, torch.promote_types(h.dtype, torch.float32))
+    h = cast(h, exact(h.dtype))
     theta = tuple(cast(part, h.dtype) for part in branch.theta)
     gate = None if branch.gate is None else (cast(branch.gate[0], h.dtype), cast(branch.gate[1], h.dtype))
     v = None if branch.v is None else cast(branch.v, h.dtype)

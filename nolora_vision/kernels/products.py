@@ -21,6 +21,11 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or the type itself if it is as wide; as `torch.promote_types`, which asks PyTorch's dispatcher."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """dy W for dy: (M, E), W: (E, D) → a fresh (M, D).
 

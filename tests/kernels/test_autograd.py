@@ -135,6 +135,20 @@ def test_it_equals_the_definition(shape: tuple[int, ...], dtype: torch.dtype, gi
         torch.testing.assert_close(g, w, rtol=0, atol=TOLERANCE[dtype] * max(scale, 1e-6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_every_formula_gives_the_bits_of_its_definition(nonlinearity: str, modulation: str, dtype: torch.dtype) -> None:
+    """The node has formulas of its own (`derivatives.py`), which are to be changed with those of `eager.py`."""
+    torch.manual_seed(0)
+    branches, x = branches_of(nonlinearity, modulation), torch.randn(3, 17, 5).to(dtype)
+    branches = [with_operands(b, iter(t.detach().float() for t in operands_of(b))) for b in branches]
+    layer = Frozen(torch.randn(9, 5).to(dtype), None)
+    expected = eager.low_rank_delta(x, layer, branches)
+    assert torch.equal(autograd.low_rank_delta(x, layer, branches), expected)
+    assert not torch.equal(expected, eager.low_rank_delta(x, layer, [b._replace(scale=0.0) for b in branches]))
+
+
 def test_v_for_each_sample() -> None:
     torch.manual_seed(0)
     branch = make_branch("tanh", "gate", d=5, e=6, r=3)._replace(v=leaf(4, 1, 3))
@@ -232,16 +246,21 @@ def saved_bytes(run: Callable[[], Tensor], *, besides: tuple[Tensor, ...]) -> in
     return sum(kept.values())
 
 
-def test_it_saves_the_input_and_h_only() -> None:
+def test_it_saves_the_input_and_its_rank_space_only() -> None:
+    """h, z, and the tanh in f and in the gate; of a linear update h alone."""
     m, d, e, r = 197, 64, 192, 8
     layer = nolora_vision.NoLoRALinear(d, e, config=nolora_vision.AdapterConfig(rank=r))
     nn.init.normal_(layer.adapter.lora_B)
     x = torch.randn(m, d, requires_grad=True)
     known = (x, *layer.parameters())
     with use_backend("autograd"):
-        assert saved_bytes(lambda: layer(x), besides=known) == 4 * m * r
+        assert saved_bytes(lambda: layer(x), besides=known) == 4 * 4 * m * r
     with use_backend("eager"):
-        assert saved_bytes(lambda: layer(x), besides=known) > 4 * m * r
+        assert saved_bytes(lambda: layer(x), besides=known) > 2 * 4 * 4 * m * r
+    linear = nolora_vision.AdapterConfig(rank=r, nonlinearity="identity", modulation="none")
+    layer = nolora_vision.NoLoRALinear(d, e, config=linear)
+    with use_backend("autograd"):
+        assert saved_bytes(lambda: layer(x), besides=(x, *layer.parameters())) == 4 * m * r
 
 
 def test_blocks_may_write_into_the_output() -> None:

@@ -206,10 +206,18 @@ def test_every_family_keeps_little_more_than_the_frozen_model(family) -> None:
     model = family.build().eval().requires_grad_(False)
     images = family.images(2).requires_grad_()  # so that gradients flow to the first block
     frozen = blocks_keep(model, images, "eager")
-    nolora_vision.inject(model, rank=1)
-    kept, by_definition = (blocks_keep(model, images, backend) / frozen for backend in ("autograd", "eager"))
+    kept = {}
+    for rank, *nonlinear in ((1, "identity", "none"), (2, "identity", "none"), (1, "swish", "gate")):
+        nolora_vision.inject(model, rank=rank, nonlinearity=nonlinear[0], modulation=nonlinear[1])
+        for backend in ("autograd", "eager"):
+            kept[rank, nonlinear[0], backend] = blocks_keep(model, images, backend) - frozen
+        nolora_vision.eject(model)
+    linear, nonlinear = kept[1, "identity", "autograd"], kept[1, "swish", "autograd"]
     most = next((most for name, most in MOST.items() if family.name.startswith(name)), 1.03)
-    assert kept <= most and kept - 1 < 0.6 * (by_definition - 1)
+    assert linear <= (most - 1) * frozen and linear < 0.6 * kept[1, "identity", "eager"]
+    h = kept[2, "identity", "autograd"] - linear
+    assert linear < nonlinear <= linear + 3 * h  # z and two tanh
+    assert nonlinear < 0.6 * kept[1, "swish", "eager"]
 
 
 @pytest.mark.parametrize("amp", [False, True])
