@@ -11,7 +11,7 @@ from torch import nn
 
 from nolora_vision.config import AdapterConfig
 from nolora_vision.methods.adaptformer import add_adaptformer
-from nolora_vision.methods.catalogue import METHODS, MethodError, chosen_options
+from nolora_vision.methods.catalogue import GROUPS, METHODS, MethodError, chosen_options
 from nolora_vision.methods.peft_layers import add_peft_layers
 from nolora_vision.methods.selective import train_biases, train_norms
 from nolora_vision.surgery.adapter import adapted_layers
@@ -20,9 +20,6 @@ from nolora_vision.surgery.inject import freeze_backbone, inject, is_injected
 from nolora_vision.surgery.wrappers import bare_model
 
 Model = TypeVar("Model", bound=nn.Module)
-
-GROUPS = {"lr_ratio": "adapter_b", "rank_space_lr_ratio": "adapter_rank_space"}
-"""Options that set a rate over A's → the optimizer group that it is the rate of."""
 
 
 def apply_method(

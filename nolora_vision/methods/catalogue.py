@@ -36,6 +36,9 @@ class Method:
     """Peak learning rate where none is given: a place to start a sweep, not a tuned one."""
 
 
+GROUPS: Mapping[str, str] = {"lr_ratio": "adapter_b", "rank_space_lr_ratio": "adapter_rank_space"}
+"""Options that set a rate over A's → the optimizer group that it is the rate of."""
+
 _PRNG = {"projection_prng_key": 0}
 _LORA = {"lr_ratio": 1.0, "init_gain": 1.0}  # B's rate over A's (LoRA+), and A at its start over LoRA's
 _OURS = {**_LORA, "rank_space_lr_ratio": 1.0}  # the rate of v, G, c and θ over A's

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nolora_vision.config import AdapterConfig
-from nolora_vision.methods.catalogue import MethodError
+from nolora_vision.methods.catalogue import GROUPS, MethodError
 from nolora_vision.methods.limits import refuse_unfit_layers
 from nolora_vision.surgery.applied import Applied
 from nolora_vision.surgery.inject import freeze_backbone
@@ -152,8 +152,8 @@ def _applied(
         layers=tuple(paths),
         parameters=frozenset(names),
         undecayed=having(FACTORS),
-        groups=dict.fromkeys(having(MATRICES_B), "adapter_b") if ratio != 1 else {},
-        ratios={"adapter_b": ratio} if ratio != 1 else {},
+        groups=dict.fromkeys(having(MATRICES_B), GROUPS["lr_ratio"]) if ratio != 1 else {},
+        ratios={GROUPS["lr_ratio"]: ratio} if ratio != 1 else {},
         unheld=tuple(paths) if PEFT_METHODS[method].reads_weight else (),
     )
 

@@ -73,6 +73,8 @@ def read_flags(args: Sequence[str], *owners: type) -> Flags:
             problems.append(Problem(f"{shown(group[0])} is no flag.{hint}" if _is_flag(group[0]) else _stray(group)))
             continue
         spelled[flag.name] = spelling
+        if glued := re.fullmatch(r"-[^\W\d_]([^=].*)", group[0], re.DOTALL):  # -b64, no flag to tyro 1.0 on Python 3.10
+            group[0] = f"--{_option(flag.name)}={glued[1]}"
         if (pairs := _pairs(flag, group)) is not None:
             values[flag.name] = pairs
             continue

@@ -191,6 +191,15 @@ def test_every_schedule_is_one_of_timm_and_steps_by_updates() -> None:
         assert 0 < scheduler.optimizer.param_groups[0]["lr"] <= 1
 
 
+def test_a_short_flag_takes_its_value_with_and_without_a_space(tmp_path: Path) -> None:
+    (tmp_path / "a=b.yaml").write_text("epochs: 3\n")
+    for written in (["-b8", f"-c{tmp_path / 'a=b.yaml'}"], ["-b", "8", "-c", f"{tmp_path / 'a=b.yaml'}"], ["-b=8"]):
+        config = parse_run_config(written)
+        assert config.batch_size == 8 and config.epochs == (10 if len(written) == 1 else 3)
+    with pytest.raises(ConfigError, match=r"batch_size must be a whole number of at least 1, got 'x'. \(-bx\)"):
+        parse_run_config(["-bx"])
+
+
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
