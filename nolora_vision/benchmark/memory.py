@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,6 +63,7 @@ def _peak_on_gpu(run: Callable[[], object]) -> int:
 
 def _peak_on_cpu(run: Callable[[], object]) -> int:
     """From the profiler's events of torch's own allocator; what libraries take for themselves it does not see."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at the first profile, which would print two lines for each
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]

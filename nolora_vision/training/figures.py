@@ -120,9 +120,11 @@ def speed_ratios(path: Path, tables: Sequence[Mapping[str, Any]], *, title: str)
     plt = pyplot()
     if plt is None:
         return False
-    lines = -(-len(tables) // 2)
+    columns = min(2, len(tables))
+    lines = -(-len(tables) // columns)
     most = max(len(table["rows"]) for table in tables)
-    figure, axes = plt.subplots(lines, 2, figsize=(11, 0.27 * most * lines + 1), layout="constrained", squeeze=False)
+    size = 5.5 * columns, 0.27 * most * lines + 1
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat[len(tables) :]:
         axis.axis("off")
     for axis, table in zip(axes.flat, tables, strict=False):
