@@ -94,13 +94,13 @@ def _through(
 def _parts(h: Tensor, branches: Sequence[LowRank], rows_per_sample: int) -> Sequence[Tensor]:
     """(M, R) as each branch's (M, r), or (B, M / B, r) where v is per sample."""
     if any(branch.v is not None and branch.v.ndim > 1 for branch in branches):
-        h = h.view(len(h) // max(rows_per_sample, 1), rows_per_sample, h.shape[1])
+        h = h.reshape(len(h) // max(rows_per_sample, 1), rows_per_sample, h.shape[1])
     return (h,) if len(branches) == 1 else h.split([branch.down.shape[0] for branch in branches], -1)
 
 
 def _whole(parts: list[Tensor], like: Tensor) -> Tensor:
     """The inverse of `_parts`."""
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).view(like.shape)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).reshape(like.shape)
 
 
 def _space(h: Tensor, branch: LowRank) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -123,12 +123,13 @@ def _by_hand(
     rule, theta = BY_HAND[branch.nonlinearity], [cast(part, h.dtype) for part in branch.theta]
     small: list[Tensor | None] = []
     g = dz if branch.scale == 1 else dz * branch.scale
-    learns = branch.v is not None and branch.v.requires_grad
-    f = rule.value(h, bend, *theta) if learns or t is not None else None
+    v_learns = branch.v is not None and branch.v.requires_grad
+    f = rule.value(h, bend, *theta) if v_learns or t is not None else None
     if branch.v is not None:
-        small.append(
-            _summed(g * (f if t is None else torch.addcmul(f, f, t)), branch.v) if f is not None and learns else None
-        )
+        of_v = None
+        if v_learns and f is not None:
+            of_v = _summed(g * (f if t is None else torch.addcmul(f, f, t)), branch.v)
+        small.append(of_v)
         g = g * cast(branch.v, h.dtype)
     dh, *d_theta = rule.pull(g if t is None else torch.addcmul(g, g, t), h, bend, *theta)
     if branch.gate is not None and t is not None and f is not None:
