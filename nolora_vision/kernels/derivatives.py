@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from nolora_vision.kernels import eager
 
 
 class ByHand(NamedTuple):
@@ -25,8 +26,9 @@ class ByHand(NamedTuple):
     """(g, h, bend, *θ) → the gradient g of f pulled back to h, and to each part of θ before the sum over rows."""
 
 
-def _nothing(h: Tensor, *theta: Tensor) -> None:
-    """Nothing is kept."""
+def _as_defined(function: Callable[..., Tensor], pull: Callable[..., tuple[Tensor, ...]]) -> ByHand:
+    """The definition with a derivative by hand, nothing kept between the two."""
+    return ByHand(lambda h, *theta: None, lambda h, _, *theta: function(h, *theta), pull)
 
 
 def _tanh_pull(g: Tensor, h: Tensor, t: Tensor) -> tuple[Tensor]:
@@ -61,11 +63,6 @@ def _residual_tanh_pull(g: Tensor, h: Tensor, t: Tensor, mix: Tensor, slope: Ten
     return torch.addcmul(g - g * mix, ga, slope), g * (t - h), ga * h
 
 
-def _rational_value(h: Tensor, _: None, linear: Tensor, square: Tensor, pole: Tensor) -> Tensor:
-    squared = h * h
-    return h * ((1 + linear * h + square * squared) / (1 + pole * pole * squared))
-
-
 def _rational_pull(
     g: Tensor, h: Tensor, _: None, linear: Tensor, square: Tensor, pole: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,11 +77,11 @@ def _rational_pull(
 
 
 BY_HAND: dict[str, ByHand] = {
-    "identity": ByHand(_nothing, lambda h, _: h, lambda g, h, _: (g,)),
-    "tanh": ByHand(torch.tanh, lambda h, t: t, _tanh_pull),
-    "relu": ByHand(_nothing, lambda h, _: F.relu(h), _relu_pull),
-    "gelu": ByHand(_nothing, lambda h, _: F.gelu(h), _gelu_pull),
-    "silu": ByHand(_nothing, lambda h, _: F.silu(h), _silu_pull),
+    "identity": _as_defined(eager.identity, lambda g, h, _: (g,)),
+    "tanh": ByHand(eager.tanh, lambda h, t: t, _tanh_pull),
+    "relu": _as_defined(eager.relu, _relu_pull),
+    "gelu": _as_defined(eager.gelu, _gelu_pull),
+    "silu": _as_defined(eager.silu, _silu_pull),
     "swish": ByHand(
         lambda h, beta: torch.tanh(0.5 * beta * h),
         lambda h, t, beta: h * (1 + t),
@@ -95,5 +92,5 @@ BY_HAND: dict[str, ByHand] = {
         lambda h, t, mix, slope: h + mix * (t - h),
         _residual_tanh_pull,
     ),
-    "rational": ByHand(_nothing, _rational_value, _rational_pull),
+    "rational": _as_defined(eager.rational, _rational_pull),
 }
