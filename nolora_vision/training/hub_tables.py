@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from PIL import Image
 from nolora_vision.training.errors import LEAVE_OUT, ImageError, RunError
 from nolora_vision.training.hub_dataset import commit_of, datasets_library, fetch_dataset
 from nolora_vision.training.images import as_rgb
-from nolora_vision.training.label_checks import refuse_labels
+from nolora_vision.training.label_checks import named, refuse_labels
 from nolora_vision.training.registry import REGISTRY
 from nolora_vision.training.split_names import choose_splits, role_of
 from nolora_vision.training.table import Table
@@ -91,7 +91,8 @@ def tables_of(
     """Tables for training, validation and test, as far as there are such splits.
 
     Raises:
-        RunError: if there is no training split, or its columns cannot be told.
+        RunError: if there is no training split, its columns cannot be told or hold something else, or another split has
+            classes that it has not.
     """
     names = choose_splits(splits, where, test_split)
     chosen = {role: splits[names[role]] for role in ("train", "val", "test") if role in names}
@@ -105,14 +106,42 @@ def tables_of(
     labels = {role: list(rows[label_key]) for role, rows in chosen.items()}
     for role, values in labels.items():
         refuse_labels(values, names[role], where)
-    classes = _class_names(features[label_key], labels.values())
+        labels[role] = _as_in_training(values, chosen[role].features[label_key], features[label_key], labels["train"])
+    classes = _class_names(features[label_key], labels.values(), label_key, where)
+    chosen = {role: _decoded(rows, image_key, where) for role, rows in chosen.items()}
     return {role: _table(rows, image_key, labels[role], classes, names[role], where) for role, rows in chosen.items()}
+
+
+def _as_in_training(values: list[Any], own: Any, feature: Any, of_training: Sequence[Any]) -> list[Any]:
+    """A split's labels, by name where it numbers its classes otherwise than training: `class_encode_column` does so."""
+    names, wanted = getattr(own, "names", None), getattr(feature, "names", None)
+    if not names or names == wanted or not (wanted or any(isinstance(value, str) for value in of_training)):
+        return values
+    return [names[value] if isinstance(value, int) else value for value in values]
+
+
+def _decoded(rows: Any, image_key: str, where: str) -> Any:
+    """The rows with a column of images, if they have one of files' bytes or paths."""
+    feature = rows.features[image_key]
+    if type(feature).__name__ == "Image":
+        return rows
+    try:
+        return rows.cast_column(image_key, datasets_library().Image())
+    except Exception as error:  # the library raises many kinds for a column of another type
+        raise RunError(
+            f"Column {image_key!r} of {where} holds {feature}, and no images. Choose another with --image-key."
+        ) from error
 
 
 def _table(
     rows: Any, image_key: str, values: Sequence[Any], class_names: tuple[str, ...], name: str, where: str
 ) -> Table:
     ids = {name: i for i, name in enumerate(class_names)}
+    if unknown := sorted({value for value in values if isinstance(value, str) and value not in ids}):
+        raise RunError(
+            f"Split {name} of {where} has classes that training has not: {named(unknown, 'class', 'classes')}. "
+            f"Training has {named(class_names, 'class', 'classes')}."
+        )
     labels = [ids[str(value)] if not isinstance(value, int) else value for value in values]
     encoded = partial(_bytes_of_row, rows, image_key)
     return Table(partial(_read_row, rows, image_key, name, where), labels, class_names, name=name, encoded=encoded)
@@ -136,12 +165,17 @@ def _bytes_of_row(rows: Any, image_key: str, i: int) -> bytes | None:
     return stored.get("bytes") or (Path(path).read_bytes() if path and Path(path).is_file() else None)
 
 
-def _class_names(feature: Any, labels: Iterable[Sequence[Any]]) -> tuple[str, ...]:
+def _class_names(feature: Any, labels: Collection[Sequence[Any]], label_key: str, where: str) -> tuple[str, ...]:
     if getattr(feature, "names", None):
         return tuple(feature.names)
     values = {value for split in labels for value in split}
     if all(isinstance(value, int) for value in values):
-        return tuple(str(i) for i in range(max(values) + 1))
+        if (highest := max(values)) > sum(map(len, labels)):
+            raise RunError(
+                f"Column {label_key!r} of {where} goes to {highest}, with {len(values)} different numbers: wanted "
+                f"classes counted from 0, not ids. Choose another with --label-key, or number them anew."
+            )
+        return tuple(str(i) for i in range(highest + 1))
     return tuple(sorted(str(value) for value in values))
 
 

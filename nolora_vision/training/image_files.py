@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from PIL import Image
 
 from nolora_vision.config import did_you_mean
 from nolora_vision.training.errors import LEAVE_OUT, ImageError, RunError
-from nolora_vision.training.images import UnreadableImageError, read_image
+from nolora_vision.training.images import UnreadableImageError, image_suffixes, read_image
 from nolora_vision.training.split_names import choose_splits, no_such_split, role_of
 from nolora_vision.training.table import Table
 from nolora_vision.training.vtab import VTAB_TASKS
@@ -40,7 +40,7 @@ def image_folder(path: Path, test_split: str | None = None) -> dict[str, Table]:
     tables: dict[str, Table] = {}
     for role, folder in sorted(folders.items(), key=lambda item: item[0] != "train"):
         try:
-            found = ImageFolder(str(folder))
+            found = ImageFolder(str(folder), is_valid_file=partial(_is_image, image_suffixes()))
         except FileNotFoundError as error:
             raise RunError(
                 f"{folder} is no image folder: wanted one sub-folder with images for each class, below {path} or below "
@@ -53,6 +53,10 @@ def image_folder(path: Path, test_split: str | None = None) -> dict[str, Table]:
             samples, classes = _renumbered(samples, classes, names, folder), names
         tables[role] = files_table(samples, classes, name)
     return tables
+
+
+def _is_image(suffixes: Container[str], file: str) -> bool:
+    return Path(file).suffix.lower() in suffixes
 
 
 def _has_folders(path: Path) -> bool:
@@ -146,8 +150,15 @@ def _read_file(files: Sequence[str], i: int) -> Image.Image:
     try:
         return read_image(files[i])
     except UnreadableImageError as error:
-        raise ImageError(f"The image {files[i]} cannot be read: {error}. {LEAVE_OUT}") from error
+        raise _unreadable(files[i], error) from error
 
 
 def _bytes_of_file(files: Sequence[str], i: int) -> bytes:
-    return Path(files[i]).read_bytes()
+    try:
+        return Path(files[i]).read_bytes()
+    except OSError as error:
+        raise _unreadable(files[i], error.strerror) from error
+
+
+def _unreadable(file: str, reason: object) -> ImageError:
+    return ImageError(f"The image {file} cannot be read: {reason}. {LEAVE_OUT}")

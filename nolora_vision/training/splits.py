@@ -78,19 +78,22 @@ def subset(split: Split, most: int | None, seed: int) -> Split:
 def few_of_each(split: Split, shots: int, seed: int) -> Split:
     """So many rows of each class, drawn by the seed; those of fewer shots are among them.
 
+    A class of which the table has no image at all, as 0 where labels count from 1, is no class here.
+
     Raises:
         RunError: if a class has fewer.
     """
     names = split.table.class_names
     counts = np.bincount(split.labels, minlength=len(names))
-    if short := [label for label, count in enumerate(counts) if count < shots]:
+    there = np.unique(split.table.labels).tolist()
+    if short := [label for label in there if counts[label] < shots]:
         worst = min(short, key=lambda label: counts[label])
         others = f", and {len(short) - 1} other classes have too few" if len(short) > 1 else ""
         raise RunError(
             f"--shots {shots} needs {shots} training images of each class: {names[worst]!r} has {counts[worst]}"
             f"{others}. Choose fewer shots, or another --val-split."
         )
-    return _first_of_each(split, dict.fromkeys(range(len(names)), shots), seed)
+    return _first_of_each(split, dict.fromkeys(there, shots), seed)
 
 
 def fraction_of_each(split: Split, fraction: float, seed: int) -> Split:

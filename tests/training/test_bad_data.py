@@ -156,6 +156,71 @@ def test_labels_that_cannot_be_learned_are_refused(tmp_path: Path, labels: list[
         load_data(parquet(tmp_path / "d", labels, kind))
 
 
+def test_ids_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"Column 'label' of .* goes to 1000000, with 2 different numbers: wanted classes"
+    ):
+        load_data(parquet(tmp_path, [3, 1_000_000] * 8))
+
+
+def test_classes_of_splits_are_matched_by_name_not_by_number(tmp_path: Path) -> None:
+    """`class_encode_column` numbers the classes of each split by itself."""
+    colours = {"ant": "red", "bee": "green", "cat": "blue"}
+
+    def rows(names: list[str]) -> datasets.Dataset:
+        columns = {"image": [Image.new("RGB", (4, 4), colours[name]) for name in names], "label": names}
+        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+    parts = {"train": rows(["ant", "bee", "cat"] * 8), "test": rows(["bee", "cat"] * 4)}
+    encoded = datasets.DatasetDict(parts).class_encode_column("label")
+    assert encoded["test"].features["label"].names == ["bee", "cat"]
+    encoded.save_to_disk(tmp_path / "saved")
+    data = load_data(str(tmp_path / "saved"))
+    assert data.class_names == ("ant", "bee", "cat")
+    for table, label in ((data.train.table, 1), (data.test.table, 1)):
+        i = list(table.labels).index(label)
+        assert table.image(i).getpixel((0, 0)) == (0, 128, 0)
+    more = {**parts, "test": rows(["bee", "cat"]).map(lambda row: {**row, "label": "dog"})}
+    datasets.DatasetDict(more).class_encode_column("label").save_to_disk(tmp_path / "more")
+    with pytest.raises(RunError, match=r"has classes that training has not: class dog\. Training has classes ant, bee"):
+        load_data(str(tmp_path / "more"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct"])
+def test_bytes_of_files_in_a_plain_column_are_images(tmp_path: Path, kind: str) -> None:
+    """As pandas writes them, without the library's own note on the column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def stored(i: int) -> Any:
+        stream = io.BytesIO()
+        picture(i).save(stream, "PNG")
+        return stream.getvalue() if kind == "bytes" else {"bytes": stream.getvalue(), "path": None}
+
+    table = pa.table({"photo": [stored(i) for i in range(24)], "label": ["ant", "bee"] * 12, "n": list(range(24))})
+    pq.write_table(table, tmp_path / "train.parquet")
+    data = load_data(str(tmp_path), image_key="photo")
+    assert np.array_equal(np.asarray(data.train.table.image(3)), np.asarray(picture(3)))
+    with pytest.raises(RunError, match=r"Column 'n' of .* holds .*int64.*, and no images"):
+        load_data(str(tmp_path), image_key="n")
+
+
+def test_every_file_that_pillow_reads_is_in_a_folder(folder: Path) -> None:
+    picture(1).save(folder / "train" / "ant" / "a.gif")
+    picture(2).save(folder / "train" / "ant" / "b.JFIF", "JPEG")
+    (folder / "train" / "ant" / "notes.txt").write_text("no image")
+    data = load_data(str(folder))
+    assert len(data.train) == 18
+
+
+def test_a_link_to_nothing_is_a_bad_image(folder: Path) -> None:
+    (folder / "train" / "ant" / "9.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(ImageError, match=r"The image .*9\.png cannot be read: .*--on-bad-image skip"):
+        load_data(str(folder))
+    data = load_data(str(folder), on_bad_image="skip")
+    assert len(data.train) == 16 and len(data.about["skipped_images"]["train"]) == 1
+
+
 def test_names_are_classes_in_their_order(tmp_path: Path) -> None:
     data = load_data(parquet(tmp_path / "d", ["cat", "ant", "bee"] * 8, "string"))
     assert data.class_names == ("ant", "bee", "cat") and set(data.train.labels) == {0, 1, 2}

@@ -40,8 +40,16 @@ def test_few_of_each_class(shots: int) -> None:
 def test_a_class_without_enough_images_is_named() -> None:
     with pytest.raises(RunError, match=r"--shots 5 needs 5 training images of each class: 'c' has 4\. Choose fewer"):
         few_of_each(UNEVEN, 5, seed=0)
-    with pytest.raises(RunError, match=r"'c' has 0, and 1 other classes have too few"):
-        few_of_each(whole([0, 0, 1]), 2, seed=0)
+    with pytest.raises(RunError, match=r"'b' has 1, and 1 other classes have too few"):
+        few_of_each(whole([0, 0, 1, 2]), 2, seed=0)
+
+
+def test_a_number_that_no_image_has_is_no_class_for_shots() -> None:
+    """Labels that count from 1 have no 0."""
+    assert few_of_each(whole([1, 2, 2, 1]), 1, seed=0).labels.tolist() in ([1, 2], [2, 1])
+    held_out = Split(table([0, 1, 1]), np.array([1, 2]))  # 0 is there, in validation
+    with pytest.raises(RunError, match="'a' has 0"):
+        few_of_each(held_out, 1, seed=0)
 
 
 def test_shares_are_of_each_class_and_at_least_one() -> None:
