@@ -25,7 +25,7 @@ from nolora_vision.training.config_file import as_plain
 from nolora_vision.training.engine import slow_precision
 from nolora_vision.training.errors import RunError
 from nolora_vision.training.progress import RunsProgress, print_anything, print_columns
-from nolora_vision.training.record import environment, write_atomic, write_record
+from nolora_vision.training.record import code_state, environment, write_atomic, write_record
 from nolora_vision.training.run import run
 from nolora_vision.training.shelf import Shelf
 
@@ -92,6 +92,7 @@ def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> Pla
         folder: of the results.
         deadline: of `time.monotonic`.
     """
+    code_state()  # of what is in memory now
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     shelf, seconds = Shelf(), [0.0]
     with RunsProgress(expected(sweep, plan(sweep, read_results(folder))[0])) as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -26,15 +27,22 @@ def environment() -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "device": device_name(),
         "cpu_threads": torch.get_num_threads(),
-        "git": git_state(),
+        "git": code_state(),
     }
 
 
 def device_name() -> str:
-    """The accelerator's name, or the processor's."""
+    """The accelerator's name, or the processor's, with the widest instructions that PyTorch uses there."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
+    name = _model_of_processor() or platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def code_state() -> dict[str, Any] | None:
+    """`git_state` when this was first called: the code is in memory by then, and the checkout may change under it."""
+    return git_state()
 
 
 def git_state() -> dict[str, Any] | None:
@@ -87,6 +95,14 @@ def _most_resident() -> int:
         memory: Any = psutil.Process().memory_info()
         return memory.peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _model_of_processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:  # Linux alone has it
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _version(name: str) -> str | None:

@@ -30,6 +30,7 @@ from nolora_vision.training.backbone import (
 from nolora_vision.training.config_file import parse_run_config
 from nolora_vision.training.data import ImageData
 from nolora_vision.training.determinism import deterministic_algorithms
+from nolora_vision.training.ending import show
 from nolora_vision.training.engine import (
     Evaluation,
     NoCheckpoints,
@@ -58,6 +59,7 @@ from nolora_vision.training.lost_loaders import lost_worker_explained
 from nolora_vision.training.prepare import prepare
 from nolora_vision.training.processes import from_main_process, leave_processes, on_main_process, processes
 from nolora_vision.training.progress import LiveProgress, Silence, print_anything
+from nolora_vision.training.record import code_state
 from nolora_vision.training.resume import adopt_changes, finished_record, folder_to_resume
 from nolora_vision.training.retest import run_eval_only
 from nolora_vision.training.run_config import RunConfig
@@ -80,6 +82,7 @@ def run_and_tell(argv: Sequence[str] | None) -> int:
     """The command's exit code, after a message where it is not 0."""
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
     try:
+        code_state()  # of what is in memory now
         run(parse_run_config(argv), checkpoints=True)
     except Interrupted as stopped:
         if on_main_process():
@@ -146,7 +149,7 @@ def run(
     if folder is not None and test is not None and on_main_process():
         outputs.save_outputs(folder, record, data, images, model, result, test)
         if progress is None:
-            outputs.show(record, folder)
+            show(record, folder)
     return {**record, "folder": folder and str(folder), "history": result.history}
 
 

@@ -23,6 +23,25 @@ def test_commit_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert record.git_state() is None
 
 
+def test_the_commit_is_that_of_the_code_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout that goes on while a sweep runs does not change what ran."""
+    record.code_state.cache_clear()
+    states = iter([{"commit": "first", "dirty": False}, {"commit": "second", "dirty": True}])
+    monkeypatch.setattr(record, "git_state", lambda: next(states))
+    try:
+        assert [record.environment()["git"]["commit"] for _ in range(2)] == ["first", "first"]
+    finally:
+        record.code_state.cache_clear()
+
+
+def test_a_processor_has_a_name_and_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)
+    name, _, instructions = record.device_name().rpartition(", ")
+    assert name and instructions == record.torch.backends.cpu.get_cpu_capability()
+    if Path("/proc/cpuinfo").exists() and "model name" in Path("/proc/cpuinfo").read_text():
+        assert name in Path("/proc/cpuinfo").read_text()
+
+
 def test_files_are_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.json"
     record.write_record(path, {"a": 1})
