@@ -64,7 +64,7 @@ def build_backbone(
             f"from_pretrained(..., model=...)."
         )
     if weights is not None:
-        kwargs["pretrained_cfg_overlay"] = {"file": str(weights), "num_classes": -1}  # with whatever classifier
+        kwargs["pretrained_cfg_overlay"] = {"file": str(weights), "custom_load": False, "num_classes": -1}
     try:
         return create_model(name, pretrained=not whole, num_classes=config["num_classes"], **kwargs)
     except Exception as error:  # clients raise many kinds for a failed download

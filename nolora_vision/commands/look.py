@@ -99,7 +99,9 @@ def show(found: Anatomy, facts: Mapping[str, str], console: Console, *, title: s
 
 
 def nothing_to_show(found: Anatomy) -> str:
-    """Why there are no updates: a head alone, or all weights trained."""
+    """Why there are no updates: a method with layers of its own, a head alone, or all weights trained."""
+    if method := found.config.get("method"):
+        return f"No adapters of ours: {method['name']} was trained, whose updates are not laid out here."
     if found.config["backbone"]:
         return "No adapters: only the head (and what else is named above) was trained, so there is no update to show."
     return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nolora_vision import hold_frozen
 from nolora_vision.adapters.backbone_weights import create_model
 from nolora_vision.adapters.hub_cache import cached_models
-from nolora_vision.adapters.hub_trouble import hub_trouble
+from nolora_vision.adapters.hub_trouble import hub_trouble, reason_of
+from nolora_vision.surgery.sites import classifier_paths
 from nolora_vision.training.errors import RunError
+from nolora_vision.training.label_checks import named
+from nolora_vision.training.processes import on_main_process
 from nolora_vision.training.timm_names import model_problem
 
 
@@ -37,7 +42,7 @@ def build_model(
         model_kwargs: further arguments of the timm model.
 
     Raises:
-        RunError: if the name is unknown, or its weights cannot be had.
+        RunError: if the name is unknown, or its weights cannot be had or are none of this model's.
     """
     if problem := model_problem(name):
         raise RunError(problem)
@@ -47,25 +52,84 @@ def build_model(
         refuse_absent_weights(pretrained_path)
         # Any classifier; and not the loader of the .npz that the weights which timm knows may have come from.
         options["pretrained_cfg_overlay"] = {"file": str(pretrained_path), "custom_load": False, "num_classes": -1}
+    weights = f"The weights of {name}" if pretrained_path is None else f"--pretrained-path {pretrained_path}"
     try:
-        model = create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise RunError(f"{name} does not take {', '.join(options)} ({error}). Leave it out.") from error
-    except RuntimeError as error:
-        if "No pretrained weights" in str(error):
-            raise RunError(f"{name}: {error} Give some by --pretrained-path, or say --no-pretrained.") from error
-        raise
+        with missing_weights() as missing:
+            model = create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except Exception as error:
-        instead = "Or train from scratch with --no-pretrained."
-        cached = cached_models(adapters=False)
-        text = hub_trouble(f"The weights of {name}", "model", error, cached=cached, instead=instead)
-        raise RunError(text) from error
+        if (said := _what_failed(error, name, options, weights, from_hub=pretrained_path is None)) is None:
+            raise
+        raise RunError(said) from error
+    if pretrained:
+        tell_missing(model, missing, weights)
     if grad_checkpointing:
         try:
             model.set_grad_checkpointing()  # type: ignore[operator]
         except (AttributeError, AssertionError, NotImplementedError) as error:
             raise RunError(f"{name} has no gradient checkpointing in timm. Leave --grad-checkpointing out.") from error
     return model
+
+
+def _what_failed(
+    error: Exception, name: str, options: Mapping[str, Any], weights: str, *, from_hub: bool
+) -> str | None:
+    """What a user can do about a model that could not be made; None for an error that is none of the user's."""
+    given = {key: value for key, value in options.items() if key != "pretrained_cfg_overlay"}
+    if isinstance(error, TypeError):
+        return f"{name} does not take {', '.join(given)} ({error}). Leave it out."
+    if "No pretrained weights" in str(error):
+        return f"{name}: {error} Give some by --pretrained-path, or say --no-pretrained."
+    if "loading state_dict" in str(error):
+        named_by_torch = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:400]
+        return f"{weights} do not fit {name}{f' with {given}' if given else ''}: {named_by_torch}"
+    if isinstance(error, RuntimeError):
+        return None
+    if not from_hub:
+        return f"{weights} could not be read as weights: {reason_of(error)}."
+    instead = "Or train from scratch with --no-pretrained."
+    return hub_trouble(weights, "model", error, cached=cached_models(adapters=False), instead=instead)
+
+
+@contextmanager
+def missing_weights() -> Iterator[list[str]]:
+    """Collects the names that state dicts loaded inside do not have; timm loads what fits and only logs the rest."""
+    missing: list[str] = []
+    load = nn.Module.load_state_dict
+
+    def noting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        missing.extend(result.missing_keys)
+        return result
+
+    nn.Module.load_state_dict = noting  # type: ignore[method-assign]
+    try:
+        yield missing
+    finally:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]
+
+
+def tell_missing(model: nn.Module, missing: Collection[str], weights: str) -> None:
+    """Say which matrices of the backbone stay random; norms and biases begin as well without weights.
+
+    Raises:
+        RunError: if all of them do.
+    """
+    heads = tuple(f"{path}." for path in classifier_paths(model))
+    matrices = [name for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(heads)]
+    absent = [name for name in matrices if name in missing]
+    if not absent:
+        return
+    if len(absent) == len(matrices):
+        raise RunError(
+            f"{weights} are of another model: none of its {len(matrices)} matrices is there, such as {matrices[-1]}. "
+            f"Wanted weights by timm's names of them; for random ones say --no-pretrained."
+        )
+    if on_main_process():
+        print(
+            f"warning: {weights} have {len(matrices) - len(absent)} of the backbone's {len(matrices)} matrices. The "
+            f"others stay random: {named(absent, 'matrix', 'matrices')}.",
+            file=sys.stderr,
+        )
 
 
 def refuse_absent_weights(path: Path) -> None:

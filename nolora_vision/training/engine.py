@@ -233,6 +233,7 @@ def evaluate(
     Args:
         poll: called before each batch, as often on every process; may stop it by an exception.
     """
+    model.train()  # LeViT's kin keep biases from their last evaluation, and let go of them here
     model.eval()
     started = time.perf_counter()
     losses, logits_of, labels_of = [], [], []

@@ -196,11 +196,12 @@ def collapsed(top1_percent: float, labels: Tensor, optimizer: torch.optim.Optimi
     """
     share = labels.bincount().max().item() / len(labels)
     chance = share + 2 * sqrt(share * (1 - share) / len(labels))
-    if top1_percent > 100 * chance:
+    if chance >= 1 or top1_percent > 100 * chance:  # too few images to tell, or better than that
         return None
     rates = rates_of(optimizer, highest=True)
+    more = "no more" if top1_percent <= 100 * share else "hardly more"
     return (
-        f"After epoch {epoch}, {top1_percent:.1f} % of the validation images are right, no more than if all were taken "
+        f"After epoch {epoch}, {top1_percent:.1f} % of the validation images are right, {more} than if all were taken "
         f"for the same class ({100 * share:.1f} %). If it stays so, the learning rates ({rates}) are too high for this "
         f"model, or far too low: try others, or more --warmup-epochs."
     )

@@ -56,10 +56,12 @@ def preprocessing(config: RunConfig, model: nn.Module, known: Mapping[str, Any])
     """What happens to images before the model: as the config says, or else as is known, or else as timm has it.
 
     Args:
-        known: crop_pct and crop_mode, as far as the dataset or a saved adapter has its own.
+        known: crop_pct and crop_mode, as far as the dataset or a saved adapter has its own; of an adapter also
+            interpolation, mean and std.
     """
     crop_pct, crop_mode = config.crop_pct or known.get("crop_pct"), config.crop_mode or known.get("crop_mode")
-    return data_config(model, config.img_size, crop_pct, crop_mode)
+    own = {name: known[name] for name in ("interpolation", "mean", "std") if name in known}
+    return {**data_config(model, config.img_size, crop_pct, crop_mode), **own}
 
 
 def loader(

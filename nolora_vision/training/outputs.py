@@ -1,17 +1,17 @@
-"""What a run leaves behind: folder, record, history, adapter, pictures, the table at the end."""
+"""What a run leaves behind: folder, record, history, adapter, pictures."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,12 @@ from nolora_vision.training.engine import Evaluation, restore
 from nolora_vision.training.errors import NotFiniteError, RunError
 from nolora_vision.training.fit_state import Fit
 from nolora_vision.training.processes import on_main_process
-from nolora_vision.training.progress import print_table
 from nolora_vision.training.record import environment, peak_memory, write_atomic, write_record
 from nolora_vision.training.run_config import RunConfig
 from nolora_vision.training.sharded import is_sharded
 
 FAILURE = "failure.json"
-TEST_FIELDS = (
-    *("dataset", "splits", "test_split", "max_eval_samples", "vtab_root", "image_key", "label_key", "revision"),
-    *("on_bad_image", "amp_dtype"),
-)
-"""Fields of RunConfig that a test of the adapter must be told again; the rest lies in the adapter."""
+NOT_FINITE = "The test loss is no finite number, as some logits are none."
 MOST_SHOWN = 10
 """Images left out that the terminal names."""
 
@@ -91,15 +86,8 @@ def make_record(
 ) -> dict[str, Any]:
     """Everything that the run says of itself; units are in the names, rates count validation apart."""
     counts = summary(model)
-    tested = {}
-    if test is not None:
-        tested = {
-            "test_top1_percent": test.top1_percent,
-            "test_top5_percent": test.top5_percent,
-            "test_loss": test.loss,
-            "test_seconds": test.seconds,
-            "test_images_per_s": len(test.labels) / test.seconds,
-        }
+    tested = {} if test is None else _tested(test)
+    warnings = [*result.warnings, *([] if tested.get("test_loss", 0) is not None else [NOT_FINITE])]
     return {
         "method": config.method,
         "model": name,
@@ -122,10 +110,20 @@ def make_record(
             "total": counts.total_params,
         },
         "config": as_plain(asdict(config)),
-        **({"warnings": result.warnings} if result.warnings else {}),
+        **({"warnings": warnings} if warnings else {}),
         **({"resumed_at_updates": result.resumed_at} if result.resumed_at else {}),
         **({"config_changes": list(changes)} if changes else {}),
         "environment": environment(),
+    }
+
+
+def _tested(test: Evaluation) -> dict[str, Any]:
+    return {
+        "test_top1_percent": test.top1_percent,
+        "test_top5_percent": test.top5_percent,
+        "test_loss": test.loss if isfinite(test.loss) else None,
+        "test_seconds": test.seconds,
+        "test_images_per_s": len(test.labels) / test.seconds,
     }
 
 
@@ -247,38 +245,3 @@ def history_csv(history: Sequence[Mapping[str, float]]) -> str:
     writer.writeheader()
     writer.writerows(history)
     return stream.getvalue()
-
-
-def show(record: Mapping[str, Any], folder: Path) -> None:
-    """The table at the end, and where things are."""
-    metrics, parameters = record["metrics"], record["parameters"]
-    rows = [
-        ("test top-1", f"{metrics['test_top1_percent']:.2f} %"),
-        *([("test top-5", f"{metrics['test_top5_percent']:.2f} %")] if record["dataset"]["num_classes"] > 5 else []),
-        ("validation top-1", _validation(record)),
-        ("trainable parameters", f"{parameters['trainable_without_head']:,} + head {parameters['head']:,}"),
-        ("time", f"{metrics['total_seconds']:.0f} s, of it training {metrics['train_seconds']:.0f} s"),
-        ("training speed", f"{metrics['train_images_per_s']:.0f} images/s"),
-        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB ({metrics['peak_memory_of']})"),
-    ]
-    print_table(f"{record['method']} · {record['model']} · {record['dataset']['id']}", rows)
-    print(f"{folder}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in folder.iterdir()))}")
-    if not record["config"]["pretrained"] and record["method"] != "full":
-        print("Its frozen weights are random and in no file: it is of use with the model of this process alone.")
-        return
-    print(f"Use it: nolora-vision predict {folder / 'adapter'} IMAGES…")
-    print(f"Test it again: python train.py --eval-only --adapter {folder / 'adapter'} {_same_images(record['config'])}")
-
-
-def _validation(record: Mapping[str, Any]) -> str:
-    metrics = record["metrics"]
-    if "val_top1_percent" not in metrics:
-        return "none: these images were trained on"
-    return f"{metrics['val_top1_percent']:.2f} % (epoch {metrics['best_epoch']}, the one tested)"
-
-
-def _same_images(config: Mapping[str, Any]) -> str:
-    """The flags that choose the images of the test, and how they are looked at and computed."""
-    usual = as_plain(asdict(RunConfig()))
-    given = {name: config[name] for name in TEST_FIELDS if name == "dataset" or config[name] != usual[name]}
-    return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items())

@@ -27,6 +27,7 @@ from nolora_vision.training.kinds import (
     unaffected,
 )
 from nolora_vision.training.run_checks import problems_of
+from nolora_vision.training.timm_names import is_elsewhere
 
 Short = tyro.conf.arg
 
@@ -221,10 +222,13 @@ class RunConfig:
     def for_adapter(self, saved: Mapping[str, Any]) -> RunConfig:
         """The same config with the model that a saved adapter was trained on; own weights and image size win.
 
+        So does a model of the Hub or a folder, which timm's name in the adapter does not lead to.
+
         Args:
             saved: contents of the adapter's `adapter_config.json`.
         """
         facts, kwargs = saved["metadata"], dict(saved["model_kwargs"])
+        named = saved["architecture"] + (f".{saved['pretrained_tag']}" if saved["pretrained_tag"] else "")
         pretrained = self.pretrained and facts.get("pretrained", True)
         path = self.pretrained_path or (facts.get("pretrained_path") if pretrained else None)
         img_size = kwargs.pop("img_size", None)
@@ -232,7 +236,7 @@ class RunConfig:
             img_size = img_size[0]
         return replace(
             self,
-            model=saved["architecture"] + (f".{saved['pretrained_tag']}" if saved["pretrained_tag"] else ""),
+            model=self.model if is_elsewhere(self.model) else named,
             pretrained=pretrained,
             pretrained_path=None if path is None else Path(path),
             img_size=self.img_size or img_size,

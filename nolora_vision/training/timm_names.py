@@ -17,10 +17,15 @@ ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 """Beginnings of a model's name that point to the Hub or a folder."""
 
 
+def is_elsewhere(name: str) -> bool:
+    """Whether a model's name points to the Hub or a folder, where timm knows neither it nor its weights."""
+    return name.startswith(ELSEWHERE)
+
+
 @cache
 def model_problem(name: str) -> str | None:
     """That there is no such architecture, or no such weights of it."""
-    if name.startswith(ELSEWHERE):
+    if is_elsewhere(name):
         return None
     bare, tag = timm.models.split_model_name_tag(name)
     if not timm.is_model(bare):
@@ -35,7 +40,7 @@ def model_problem(name: str) -> str | None:
 
 def has_weights(name: str) -> bool:
     """Whether there is something to start from; of a model that timm points elsewhere for it is not known."""
-    return name.startswith(ELSEWHERE) or timm.is_model_pretrained(name)
+    return is_elsewhere(name) or timm.is_model_pretrained(name)
 
 
 @cache

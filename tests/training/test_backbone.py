@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import nolora_vision
 from nolora_vision.surgery.frozen_dtype import held_in
 from nolora_vision.training.backbone import build_model, set_compute
+from nolora_vision.training.errors import RunError
 from nolora_vision.training.run import main
 from tests.families import FAMILIES, Family
 
@@ -93,3 +95,29 @@ def test_own_weights_are_no_npz_though_timms_were(tmp_path: Path) -> None:
     model = build_model(name, 7, pretrained_path=tmp_path / "weights.safetensors", model_kwargs=small)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     assert all(torch.equal(v, weights[k]) for k, v in own.items()) and not model.pretrained_cfg["custom_load"]
+
+
+def test_weights_that_are_not_there_are_told_of_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = timm.create_model("test_vit", img_size=16, patch_size=4, num_classes=5).state_dict()
+    of = {"pretrained_path": tmp_path / "w.safetensors", "img_size": 16}
+    part = {name: value for name, value in whole.items() if not name.startswith("blocks.1.")}
+    save_file(part, of["pretrained_path"])
+    build_model("test_vit", 3, **of, model_kwargs={"patch_size": 4})
+    assert "The others stay random: matrices blocks.1.attn.qkv.weight, " in capsys.readouterr().err
+    for name, kwargs, message in (
+        ("other names", {"patch_size": 4}, "are of another model: none of its"),
+        (
+            "other sizes",
+            {"patch_size": 4, "mlp_ratio": 2},
+            "do not fit test_vit with {'patch_size': 4, 'mlp_ratio': 2, 'img_size': 16}: ",
+        ),
+        ("no file", {"patch_size": 4}, "could not be read as weights"),
+    ):
+        save_file({f"encoder.{k}" if name == "other names" else k: v for k, v in whole.items()}, of["pretrained_path"])
+        if name == "no file":
+            of["pretrained_path"].write_bytes(b"no weights at all")
+        with pytest.raises(RunError, match=f"^--pretrained-path .*{re.escape(message)}"):
+            build_model("test_vit", 3, **of, model_kwargs=kwargs)
+    save_file(whole, of["pretrained_path"])
+    build_model("test_vit", 3, **of, model_kwargs={"patch_size": 4})
+    assert not capsys.readouterr().err

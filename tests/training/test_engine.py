@@ -158,3 +158,31 @@ def test_bfloat16_is_warned_about_where_a_processor_only_emulates_it(
     assert slow_precision("none") is None
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert slow_precision("bfloat16") is None
+
+
+class Remembers(nn.Module):
+    """As timm's LeViT: what it makes of its weights in evaluation is kept until it trains again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(4, 2), None
+
+    def train(self, mode: bool = True) -> "Remembers":
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is None or self.training:
+            self.kept = self.linear.bias.detach().clone()
+        return x @ self.linear.weight.t() + self.kept
+
+
+def test_an_evaluation_knows_nothing_of_the_last_one() -> None:
+    model, x = Remembers(), torch.zeros(8, 4)
+    batches, accelerator = DataLoader(TensorDataset(x, torch.ones(8).long()), batch_size=4), make_accelerator("none")
+    scores = []
+    for bias in ([1.0, -1.0], [-1.0, 1.0]):
+        with torch.no_grad():
+            model.linear.bias.copy_(torch.tensor(bias))
+        scores.append(evaluate(model, batches, accelerator=accelerator).top1_percent)
+    assert scores == [0.0, 100.0] and not model.training

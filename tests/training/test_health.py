@@ -273,6 +273,18 @@ def test_chance_is_the_commonest_class_and_two_standard_errors(right: int, compl
     assert (collapsed(right / 10, labels, optimizer, epoch=3) is not None) == complains
 
 
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1], [0] * 9 + [1]])
+def test_too_few_images_to_tell_are_no_collapse(labels: list[int]) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters())
+    assert collapsed(100.0, torch.tensor(labels), optimizer, epoch=1) is None
+
+
+def test_what_is_a_little_better_than_one_class_is_not_said_to_be_no_better() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters())
+    said = [collapsed(right, torch.tensor([0] * 50 + [1] * 50), optimizer, epoch=1) for right in (50.0, 55.0)]
+    assert "right, no more than" in str(said[0]) and "right, hardly more than" in str(said[1])
+
+
 # --------------------------------------------------------------------------------------------------------- float16
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 import nolora_vision
+from nolora_vision.commands.main import main as nolora_vision_command
 from nolora_vision.training import retest
 from nolora_vision.training import run as run_module
 from nolora_vision.training.config_file import load_run_config
+from nolora_vision.training.ingredients import preprocessing
 from nolora_vision.training.run import main
 from nolora_vision.training.run_config import RunConfig
 
@@ -71,7 +74,6 @@ def test_an_adapter_of_a_run_is_rebuilt_with_its_weight_file(
     """Also from another folder, and `predict` with it; without its random weights an adapter is worth nothing."""
     from PIL import Image
 
-    from nolora_vision.commands.main import main as nolora_vision_command
     from nolora_vision.training.backbone import build_model
 
     monkeypatch.chdir(backbone.parent)
@@ -111,6 +113,17 @@ def test_a_saved_adapter_is_tested_with_its_own_crop(
     tested = ["--eval-only", "--adapter", str(tmp_path / "run" / "adapter"), "--dataset", "digits:5-9", "-j", "0"]
     assert main(tested) == 0 and main([*tested, "--crop-mode", "center"]) == 0
     assert [images["crop_mode"] for images in seen] == ["border", "center"]
+
+
+def test_what_an_adapter_says_of_its_images_holds_for_a_test() -> None:
+    model, own = (
+        timm.create_model("test_vit"),
+        {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"},
+    )
+    found = preprocessing(RunConfig(img_size=32), model, {**own, "crop_pct": 1.0, "input_size": (3, 8, 8)})
+    assert {name: found[name] for name in own} == own
+    assert found["crop_pct"] == 1.0 and found["input_size"] == (3, 32, 32)
+    assert preprocessing(RunConfig(), model, {})["mean"] == (0.5, 0.5, 0.5)
 
 
 def test_pretrained_path_loads_all_but_the_classifier(backbone: Path) -> None:
