@@ -90,13 +90,15 @@ def measure_memory(bare: nn.Module, directory: Path, count: int) -> dict[str, in
 def measure_times(
     bare: nn.Module, name: str, directory: Path, batch_size: int, repeats: int
 ) -> dict[str, Mapping[str, float]]:
-    """Interleaved timings: swap, reload, build anew; one adapter for a batch, four mixed, four apart."""
+    """Interleaved timings: swap, reload, build anew; one adapter for a batch, four mixed, four apart.
+
+    A round begins and ends on adapter "0", so that each counted swap, to "1", changes the adapter.
+    """
     images = torch.randn(batch_size, 3, *_size(bare))
     names = [f"{i * 4 // batch_size}" for i in range(batch_size)]
     other = timm.create_model(name, num_classes=100)
     other.load_state_dict({n: p for n, p in bare.state_dict().items() if ".adapter." not in n})
     load_adapter(other, directory)
-    turn = iter(range(10**9))
 
     def apart() -> None:
         for i in range(4):
@@ -104,7 +106,7 @@ def measure_times(
         set_adapter(bare, "0")
 
     jobs: dict[str, Callable[[], Any]] = {
-        "swap (set_adapter)": lambda: set_adapter(bare, f"{next(turn) % 2}"),
+        "swap (set_adapter)": lambda: set_adapter(bare, "1"),
         "reload the files onto the model": lambda: load_adapter(other, directory),
         "build the model (without download)": lambda: timm.create_model(name, num_classes=100),
         f"batch of {batch_size}, one adapter": lambda: bare(images),
@@ -112,6 +114,7 @@ def measure_times(
         f"the same, four batches of {batch_size // 4} apart": apart,
     }
     found: dict[str, list[float]] = {what: [] for what in jobs}
+    set_adapter(bare, "0")
     with torch.inference_mode():
         for repeat in range(repeats + 1):
             for what, job in jobs.items():
