@@ -86,14 +86,16 @@ def own_fields(run: Run) -> frozenset[str]:
 def filled(runs: Sequence[Run]) -> list[Run]:
     """The runs with the fields that they do not state, being older, at their defaults.
 
-    A default is what runs have whose sweep leaves the field alone. A failed run that states nothing at all has what
-    others of its method or its sweep have.
+    A default is what runs have whose sweep leaves the field alone, in its base, their method and their point. A failed
+    run that states nothing at all has what others of its method or its sweep have.
     """
     usual: dict[tuple[Any, str], Any] = {}
     others: dict[Any, Mapping[str, Any]] = {}
     for run in runs:
+        own = own_fields(run)
+        told = run.sweep.base | (run.sweep.named.get(run.record["label"]) or frozenset()) | run.point.keys()
         for name, value in run.settings.items():
-            if name not in run.sweep.base | own_fields(run) | run.point.keys() or name.startswith("method_options."):
+            if name not in told and (name not in own or name.startswith("method_options.")):
                 usual.setdefault((_owner(run, name), name), value)
         if run.settings:
             others.setdefault((run.sweep.folder, run.label), run.settings)

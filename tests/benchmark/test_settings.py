@@ -121,6 +121,22 @@ def test_a_field_that_an_older_run_does_not_state_is_at_its_default(tmp_path: Pa
     assert len(compared(older.folder, mixed.folder)[0]) == 2  # nobody tells the default, so it is none of these
 
 
+@pytest.mark.parametrize("as_axis", [False, True])
+def test_an_option_that_a_method_or_an_axis_gives_is_no_default_of_the_others(tmp_path: Path, as_axis: bool) -> None:
+    own = {} if as_axis else {"method_options": {"lr_ratio": 4}}
+    other = SweepFiles(tmp_path / "a", methods={"lora, B × 4": {"method": "lora", **own}})
+    point = {"method_options__lr_ratio": 4} if as_axis else {}
+    fill(other, {"lora, B × 4": 82.0}, {"method": "lora", "method_options": {"lr_ratio": 4}}, lr=0.1, **point)
+    older = SweepFiles(tmp_path / "older", methods=METHODS)
+    fill(older, {"lora": 80.0}, {"method": "lora", "method_options": {}}, lr=0.1)
+    newer = SweepFiles(tmp_path / "newer", methods=METHODS)
+    for seed in (3, 4):
+        newer.done("lora", seed, test=80.0, config={"method": "lora", "method_options": {"lr_ratio": 1.0}}, lr=0.1)
+    results = read_results([other.folder, older.folder, newer.folder])
+    found = {run.settings["method_options.lr_ratio"] for run in results.runs if run.label == "lora"}
+    assert found == {1.0}
+
+
 def test_a_failed_run_that_states_nothing_stays_with_its_sweep(tmp_path: Path) -> None:
     for name, amp in (("a", "bfloat16"), ("b", "none")):
         sweep = SweepFiles(tmp_path / name, methods=METHODS)
