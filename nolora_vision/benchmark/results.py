@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from nolora_vision.benchmark.settings import ELSEWHERE, Axes, axes_of, filled, names_in, settings_of, told_apart
@@ -14,6 +14,8 @@ from nolora_vision.training.errors import RunError
 
 PHASES = ("choose", "final")
 STATUSES = ("done", "failed")
+NAMELESS = ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+"""Names that weight files of the Hub have whatever they hold."""
 DEFAULT_BASELINE, DEFAULT_CHOOSE_AXES = "lora", ("lr", "head_lr")
 
 
@@ -184,12 +186,12 @@ def _read_runs(sweep: Sweep, warnings: list[str]) -> Iterator[Run]:
     known: dict[tuple[Any, Any], set[tuple[str, str]]] = {}
     for _, record in records:
         if record["status"] == "done":
-            known.setdefault(_asked(record), set()).add((str(record["dataset"]["id"]), str(record["model"])))
+            known.setdefault(_asked(record), set()).add((str(record["dataset"]["id"]), _model(record)))
     for key, record in records:
         done, asked = record["status"] == "done", _asked(record)
         places = known.get(asked, set())
         if done:
-            dataset, model = str(record["dataset"]["id"]), str(record["model"])
+            dataset, model = str(record["dataset"]["id"]), _model(record)
         elif len(places) == 1:  # it may have failed before it knew: as others that were asked for the same
             ((dataset, model),) = places
         else:
@@ -198,6 +200,13 @@ def _read_runs(sweep: Sweep, warnings: list[str]) -> Iterator[Run]:
         named = {name: record[name] for name in ("label", "phase", "seed", "point")}
         named |= {"record": record, "settings": settings_of(record.get("config") or {})}
         yield Run(key=key, sweep=sweep, error=error, dataset=dataset, model=model, **named)
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    """As timm spells it; by the tag that was asked for where the weights are of a file whose name says nothing."""
+    config = record.get("config") or {}
+    asked, path = str(config.get("model") or ""), config.get("pretrained_path")
+    return asked if path and PurePath(str(path)).stem in NAMELESS and "." in asked else str(record["model"])
 
 
 def _asked(record: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -204,3 +204,22 @@ def test_another_baseline(tmp_path: Path) -> None:
     assert [(o.label, d.mean) for o, d in comparison.differences] == [("lora", -1.0)]
     with pytest.raises(RunError, match=r"No run is of the baseline 'longest'\. Give one of: longer, lora\."):
         read_results([sweep.folder], baseline="longest")
+
+
+def test_weights_of_a_file_whose_name_says_nothing_have_the_tag_that_was_asked_for(tmp_path: Path) -> None:
+    sweep = SweepFiles(tmp_path / "s")
+    bare = "vit_tiny_patch16_224"
+    for label, tag, file in (
+        ("lora", "augreg_in21k_ft_in1k", "model.safetensors"),
+        ("gate", "augreg_in21k", "cache/pytorch_model.bin"),
+        ("swish", "augreg_in21k", "mine.safetensors"),
+    ):
+        config = {"model": f"{bare}.{tag}", "pretrained_path": file}
+        sweep.done(label, 0, test=80.0, model=f"{bare}.{Path(file).stem}", config=config)
+    sweep.done("tanh", 0, test=80.0, model=f"{bare}.model", config={"model": bare, "pretrained_path": "model.bin"})
+    assert {run.label: run.model for run in read_results([sweep.folder]).runs} == {
+        "lora": f"{bare}.augreg_in21k_ft_in1k",
+        "gate": f"{bare}.augreg_in21k",
+        "swish": f"{bare}.mine",
+        "tanh": f"{bare}.model",
+    }
