@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from nolora_vision.benchmark.settings import ELSEWHERE, Axes, axes_of, filled, names_in, settings_of, told_apart
+from nolora_vision.benchmark.settings import (
+    ELSEWHERE,
+    Axes,
+    axes_of,
+    filled,
+    names_in,
+    settings_of,
+    told_apart,
+    with_rows,
+)
 from nolora_vision.training.errors import RunError
 
 PHASES = ("choose", "final")
@@ -120,7 +129,7 @@ def read_results(folders: Sequence[Path], *, baseline: str | None = None) -> Res
         sweeps = tuple(replace(sweep, baseline=baseline) for sweep in sweeps)
     read = [run for sweep in sweeps for run in _read_runs(sweep, warnings)]
     warnings += [f"{sweep.folder.name}: {line}" for sweep in sweeps for line in sweep.held]
-    runs = tuple(told_apart(list(_once(filled(read), warnings)), sweeps[0].baseline, warnings))
+    runs = tuple(told_apart(list(_once(with_rows(filled(read)), warnings)), sweeps[0].baseline, warnings))
     if not runs:
         found = "".join(f"\n  {line}" for line in warnings)
         raise RunError(f"No readable run in {', '.join(map(str, folders))}. Run the sweep first.{found}")

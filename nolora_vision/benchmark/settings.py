@@ -27,6 +27,8 @@ OF_THE_MACHINE = (
     *("vtab_root", "check_shared", "deterministic", "grad_checkpointing"),
 )
 """Fields that change no result but by rounding, or that differ between seeds by design."""
+ROWS = "dataset_rows"
+"""Among settings: how many images the parts of the dataset hold, which tells a packed part from the whole."""
 CHOSEN = "chosen"
 """In place of a value that a sweep chose for each method on validation images."""
 _NESTED = ("adapter", "method_options")
@@ -111,6 +113,40 @@ def filled(runs: Sequence[Run]) -> list[Run]:
 
 def _owner(run: Run, name: str) -> Any:
     return run.settings.get("method") if name.startswith("method_options.") else None
+
+
+def with_rows(runs: Sequence[Run]) -> list[Run]:
+    """The runs with the rows of their datasets, which no seed changes.
+
+    One that does not say, being older or having failed before it knew, has what others of its dataset have, those of
+    its sweep first, if they agree.
+    """
+    known: dict[tuple[Any, ...], set[str]] = {}
+    for run in runs:
+        for place in _row_places(run) if _rows(run) else ():
+            known.setdefault(place, set()).add(_rows(run))
+    found = []
+    for run in runs:
+        agreed = (known[place] for place in _row_places(run) if len(known.get(place, ())) == 1)
+        rows = _rows(run) or "".join(next(agreed, ()))
+        found.append(replace(run, settings={**run.settings, ROWS: rows}) if rows else run)
+    return found
+
+
+def _rows(run: Run) -> str:
+    """As test 10,000 / train 50,000; empty where the record does not say."""
+    dataset = run.record.get("dataset")
+    rows = dataset.get("rows") if isinstance(dataset, dict) else None
+    counts = rows.items() if isinstance(rows, dict) else ()
+    return " / ".join(sorted(f"{part} {n:,}" if isinstance(n, int) else f"{part} {n}" for part, n in counts))
+
+
+def _row_places(run: Run) -> Iterator[tuple[Any, ...]]:
+    """Where runs of the same rows are looked for, the nearest first."""
+    asked = str({**(run.record.get("config") or {}), **run.point}.get("dataset"))
+    yield run.sweep.folder, run.dataset, asked
+    yield run.sweep.folder, run.dataset
+    yield (run.dataset,)
 
 
 def told_apart(runs: Sequence[Run], baseline: str, warnings: list[str]) -> list[Run]:

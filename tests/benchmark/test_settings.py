@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,38 @@ def test_a_failed_run_that_states_nothing_stays_with_its_sweep(tmp_path: Path) -
     sweep.failed("gate", 0, "no room", lr=0.1)
     cells, _ = compared(tmp_path / "a", tmp_path / "b")
     assert list(scores_of(cells["amp dtype none"])) == ["lora", "gate"] and len(cells) == 2
+
+
+def with_rows(path: Path, rows: dict[str, int]) -> None:
+    record = json.loads(path.read_text())
+    record["dataset"]["rows"] = rows
+    path.write_text(json.dumps(record))
+
+
+def test_other_draws_of_a_dataset_are_not_paired(tmp_path: Path) -> None:
+    whole, part = {"train": 50_000, "test": 10_000}, {"train": 8_000, "val": 2_000, "test": 10_000}
+    for name, rows, gain in (("whole", whole, 2.0), ("part", part, -1.0)):
+        sweep = SweepFiles(tmp_path / name, methods=METHODS)
+        for label, test in (("lora", 80.0), ("gate", 80.0 + gain)):
+            for seed in range(3):
+                with_rows(sweep.done(label, seed, test=test + seed, lr=0.1), rows)
+        sweep.failed("dora", 0, "no room", lr=0.1)
+        sweep.done("older", 0, test=80.0, lr=0.1)
+    cells, warnings = compared(tmp_path / "whole", tmp_path / "part")
+    assert {c: [d.mean for o, d in found.differences if o.label == "gate"] for c, found in cells.items()} == {
+        "dataset rows test 10,000 / train 50,000": [2.0],
+        "dataset rows test 10,000 / train 8,000 / val 2,000": [-1.0],
+    }
+    assert all(list(scores_of(found)) == ["lora", "gate", "dora", "older"] for found in cells.values())
+    assert any("compared apart: dataset rows test 10,000 / train 50,000 or test" in line for line in warnings)
+
+
+def test_rows_of_several_datasets_and_of_one_are_no_condition(tmp_path: Path) -> None:
+    sweep = SweepFiles(tmp_path / "s", methods=METHODS)
+    for dataset, rows in (("a", 100), ("b", 200)):
+        for images in (10, 20):
+            for label in METHODS:
+                path = sweep.done(label, 0, test=80.0, dataset=dataset, max_train_samples=images, lr=0.1)
+                with_rows(path, {"train": rows})
+    cells, warnings = compared(sweep.folder)
+    assert list(cells) == ["10 training images", "20 training images"] and not warnings
