@@ -53,10 +53,17 @@ def _waited(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _environment(i: int, count: int) -> dict[str, str]:
-    gpus = torch.cuda.device_count()
-    own = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
+    gpus = _gpus()
+    own = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}
     threads = str(max(1, (os.cpu_count() or 1) // count))
     return {"OMP_NUM_THREADS": threads, **os.environ, **own, PARENT: str(os.getpid())}
+
+
+def _gpus() -> list[str]:
+    """The GPUs as this process was given them, by number, UUID or MIG id; all by number if it was given none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    count = torch.cuda.device_count()  # no more are seen than are named, and none after one that is not there
+    return [name.strip() for name in named][:count] if any(named) else [str(i) for i in range(count)]
 
 
 def end_with_parent() -> None:

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from nolora_vision.benchmark import sweep_processes
 from nolora_vision.benchmark.sweep_processes import PARENT, in_processes, is_orphaned
 
 ROOT = Path(__file__).parents[2]
@@ -83,3 +85,24 @@ def test_a_process_that_nobody_started_here_is_no_orphan(monkeypatch: pytest.Mon
     assert not is_orphaned()
     monkeypatch.setenv(PARENT, "1" if os.getppid() != 1 else "2")
     assert is_orphaned()
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "each"),
+    [
+        (None, 2, ["0", "1", "0"]),
+        ("", 0, [None, None, None]),
+        ("2, 3", 2, ["2", "3", "2"]),
+        ("GPU-8932f937,MIG-a1b2", 2, ["GPU-8932f937", "MIG-a1b2", "GPU-8932f937"]),
+        ("1,-1,2", 1, ["1", "1", "1"]),
+    ],
+)
+def test_each_process_gets_one_of_the_gpus_that_were_given(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, count: int, each: list[str | None]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    started = [sweep_processes._environment(i, 3) for i in range(3)]
+    assert [environment.get("CUDA_VISIBLE_DEVICES") or None for environment in started] == each
