@@ -104,6 +104,12 @@ class Outcome:
         """Trained parameters, the head's apart."""
         return self.average("parameters", "trainable_without_head")
 
+    @cached_property
+    def lost(self) -> tuple[int, int]:
+        """How many of its seeds failed when they were to be tested, and of how many."""
+        failed = {run.seed for run in self.failures if run.phase == "final"} - {run.seed for run in self.runs}
+        return len(failed), len(failed) + len({run.seed for run in self.runs})
+
     def failed(self) -> str:
         """Why runs failed, each reason once with its count."""
         reasons = Counter(f"{run.phase}: {(run.error or '').strip().splitlines()[-1]}" for run in self.failures)
@@ -197,6 +203,7 @@ def _compare_cell(
 
 def _compared(outcome: Outcome, reference: Outcome) -> Outcome:
     top1, loss = paired(outcome.tests, reference.tests), paired(outcome.losses, reference.losses)
+    top1 = top1 and replace(top1, failed=outcome.lost, baseline_failed=reference.lost)
     return replace(outcome, difference=top1, loss_difference=loss, val_difference=paired(outcome.vals, reference.vals))
 
 

@@ -60,6 +60,9 @@ class Difference:
 
     pairs: tuple[float, ...]
     """Differences in points."""
+    failed: tuple[int, int] = (0, 0)
+    """How many of the method's seeds failed, and of how many: the mean is that of the others."""
+    baseline_failed: tuple[int, int] = (0, 0)
 
     @property
     def mean(self) -> float:
@@ -82,19 +85,38 @@ class Difference:
         found = self._interval(1 - (1 - LEVEL) / comparisons)
         return found is not None and not found[0] <= 0 <= found[1]
 
+    @property
+    def sign(self) -> int:
+        """1: higher, −1: lower, 0: neither may be said, as 0 is in the interval or the better side has failed seeds."""
+        better = self.failed if self.mean > 0 else self.baseline_failed
+        return 0 if better[0] or not self.excludes_zero() else 1 if self.mean > 0 else -1
+
     def _interval(self, level: float) -> tuple[float, float] | None:
         return interval(self.pairs, level) if len(self.pairs) >= LEAST_PAIRS else None
 
     @property
     def verdict(self) -> str:
-        """What may be said: higher or lower only where the interval excludes 0."""
-        if self.excludes_zero():
+        """What may be said: higher or lower only where the interval excludes 0 and no seed of the better one failed."""
+        told = (not_counted(*self.failed), not_counted(*self.baseline_failed, whose="the baseline's "))
+        lost = "; ".join(filter(None, told))
+        if self.excludes_zero() and not self.sign:
+            return f"nothing is shown, as {lost}"
+        return f"{self._words}; {lost}" if lost else self._words
+
+    @property
+    def _words(self) -> str:
+        if self.sign:
             return f"{'higher' if self.mean > 0 else 'lower'} by {abs(self.mean):.2f}"
         if len(self.pairs) < LEAST_PAIRS:
             return f"{'one seed allows' if len(self.pairs) == 1 else 'two seeds allow'} no interval"
         if self.interval is None and abs(self.mean) > ROUNDING:
             return "equal for every seed, which allows no interval"
         return "no difference is shown"
+
+
+def not_counted(failed: int, of: int, *, whose: str = "") -> str:
+    """1 of 5 seeds failed and is not counted; empty if none did."""
+    return f"{failed} of {whose}{of} seeds failed and {'is' if failed == 1 else 'are'} not counted" if failed else ""
 
 
 def paired(method: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:

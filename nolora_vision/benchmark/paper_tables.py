@@ -12,6 +12,7 @@ from nolora_vision.benchmark.report_tables import (
     Table,
     Value,
     by_conditions,
+    failed_notes,
     make_table,
     mean_and_spread,
     number,
@@ -98,7 +99,7 @@ def _conditions(conditions: str) -> str:
 def _notes(comparisons: Mapping[str, Comparison]) -> list[str]:
     """What keeps our rows from being comparable with the published ones."""
     cell = next(iter(comparisons.values())).cell
-    notes = [NO_CLAIM]
+    notes = [NO_CLAIM, *failed_notes(comparisons.values())]
     architecture, _, tag = cell.model.partition(".")
     if architecture != PUBLISHED_MODEL or not tag.endswith(PUBLISHED_TAGS):
         notes.append(f"The published rows are of ViT-B/16 with ImageNet-21k weights, ours of {cell.model}.")

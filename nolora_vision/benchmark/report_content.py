@@ -25,7 +25,8 @@ FEW = 12
 """Up to so many comparisons are written out at the top; of more there is a sentence for each method."""
 RULE = (
     "Differences are paired by seed, with Student's 95 % interval over at least three seeds. “Higher” or “lower” "
-    "stands only where the interval excludes 0; otherwise no difference is shown, which is not the same as none. "
+    "stands only where the interval excludes 0 and no seed of the better one failed; otherwise no difference is shown, "
+    "which is not the same as none. "
     "Learning rates were chosen on validation images; parameters are counted without the head; ± is the standard "
     "deviation over seeds."
 )
@@ -64,7 +65,7 @@ def build_report(results: Results) -> Report:
     """Compare all methods of the results and put it into words and tables."""
     comparisons, warnings = compare(results)
     compared = [(c, o, d) for c in comparisons for o, d in c.differences]
-    compared.sort(key=lambda item: not item[2].excludes_zero())
+    compared.sort(key=lambda item: not item[2].sign)
     one_model = len({comparison.cell.model for comparison in comparisons}) == 1
     words = tuple(sentence(*item, with_model=not one_model) for item in compared)
     sections = (
@@ -101,13 +102,15 @@ def method_sentences(compared: Sequence[tuple[Comparison, Outcome, Difference]])
     for label in dict.fromkeys(outcome.label for _, outcome, _ in compared):
         found = [(c.baseline, d) for c, outcome, d in compared if outcome.label == label]
         means = sorted(difference.mean for _, difference in found)
-        signs = Counter((d.mean > 0) - (d.mean < 0) for _, d in found if d.excludes_zero())
+        signs = Counter(d.sign for _, d in found)
         without = sum(difference.interval is None for _, difference in found)
+        lost = sum(difference.failed[0] > 0 for _, difference in found)
         unclear = len(found) - signs[1] - signs[-1] - without
         yield (
             f"{label} minus {found[0][0]}: higher in {signs[1]} of {_count(len(found), 'cell')}, lower in {signs[-1]}, "
             f"no difference shown in {unclear}{f', no interval in {without}' if without else ''}; "
-            f"means from {signed(means[0])} to {signed(means[-1])} points."
+            f"means from {signed(means[0])} to {signed(means[-1])} points"
+            f"{f', seeds failed and are not counted in {lost}' if lost else ''}."
         )
 
 

@@ -246,8 +246,8 @@ def _reach(panel: BarPanel) -> float:
 
 
 def _draw_bar(axis: Any, y: int, difference: Difference, reach: float) -> None:
-    shown = difference.excludes_zero()
-    colour = (HIGHER if difference.mean > 0 else LOWER) if shown else NOT_SHOWN
+    shown = difference.sign
+    colour = {1: HIGHER, -1: LOWER, 0: NOT_SHOWN}[shown]
     axis.barh(y, difference.mean, height=0.55, color=colour)
     found = difference.interval
     if found and len(difference.pairs) >= FEWEST_FOR_INTERVALS:

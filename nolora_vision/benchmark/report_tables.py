@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nolora_vision.benchmark.comparison import Comparison, Outcome, recipe_notes
-from nolora_vision.benchmark.intervals import LEVEL, Difference, signed
+from nolora_vision.benchmark.intervals import LEVEL, Difference, not_counted, signed
 from nolora_vision.benchmark.published import vtab_task
 from nolora_vision.benchmark.settings import Axes
 
@@ -86,7 +86,7 @@ def verdict(outcome: Outcome) -> str:
     if outcome.difference is not None:
         return outcome.difference.verdict
     if outcome.tests:
-        return ""
+        return not_counted(*outcome.lost)
     return "failed" if outcome.failures else "not tested yet"
 
 
@@ -189,6 +189,14 @@ def multiplicity(differences: Sequence[Difference], subject: str) -> str:
     )
 
 
+def failed_notes(comparisons: Iterable[Comparison]) -> list[str]:
+    """Which seeds failed and so are in no mean."""
+    lost = [
+        f"{o.label} on {c.cell.dataset}: {not_counted(*o.lost)}" for c in comparisons for o in c.outcomes if o.lost[0]
+    ]
+    return [f"{'; '.join(lost)}."] if lost else []
+
+
 def across_datasets(comparisons: Sequence[Comparison]) -> list[Table]:
     """For each model and conditions with several datasets: averages, mean differences, datasets won."""
     tables = []
@@ -239,6 +247,7 @@ def _across(what: str, model: str, group: Sequence[Comparison]) -> Table:
     notes = ["The average stands only where a method was tested on every dataset."]
     if any(difference.interval for difference in differences):
         notes.append(multiplicity(differences, "This table"))
+    notes += failed_notes(group)
     conditions = group[0].cell.conditions
     title = " · ".join(part for part in (what, model, conditions) if part)
     return make_table(title, columns, rows, notes=notes)

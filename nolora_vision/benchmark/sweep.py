@@ -18,7 +18,7 @@ import tyro
 from filelock import FileLock, Timeout
 
 from nolora_vision import CheckpointError, ConfigError, InjectionError
-from nolora_vision.benchmark.sweep_plan import Plan, Sweep, plan, read_sweep, whole_plan
+from nolora_vision.benchmark.sweep_plan import Plan, Sweep, diverged, plan, read_sweep, whole_plan
 from nolora_vision.benchmark.sweep_processes import end_with_parent, in_processes, is_orphaned
 from nolora_vision.benchmark.sweep_task import Task
 from nolora_vision.training.config_file import as_plain
@@ -48,7 +48,7 @@ def main(
     """Run what is missing of a sweep: candidates of each method on validation images, then the chosen ones on the test.
 
     Kill it at any moment and call it again; call it several times at once to share the work. Exits with 0, or with 1
-    if a method could not be chosen for, as runs of it failed.
+    if a method could not be chosen for, as runs of it failed, or a run to test failed by more than divergence.
 
     Args:
         sweep_file: YAML with base, methods, axes, choose and seeds.
@@ -82,7 +82,7 @@ def main(
         return in_processes([*command, *([] if max_hours is None else ["--max-hours", str(max_hours)])], processes)
     end_with_parent()
     now = conduct(sweep, folder, deadline=None if max_hours is None else time.monotonic() + 3600 * max_hours)
-    return 1 if now.held else 0
+    return 1 if now.held or any(not diverged(record) for record in untested(now, read_results(folder))) else 0
 
 
 def conduct(sweep: Sweep, folder: Path, *, deadline: float | None = None) -> Plan:
@@ -194,6 +194,12 @@ def summary(sweep: Sweep, now: Plan, results: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def untested(now: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Records of runs that were to be tested and failed."""
+    counted = now.counted(results).values()
+    return [record for record in counted if record["phase"] == "final" and record["status"] == "failed"]
+
+
 def expected(sweep: Sweep, missing: Sequence[Task]) -> int:
     """Runs that are left, should no candidates be extended."""
     final = sum(len(sweep.seeds) for label in sweep.methods for _ in sweep.cells(label))
@@ -228,6 +234,9 @@ def show(now: Plan, results: Mapping[str, Mapping[str, Any]]) -> None:
         edge = " (at an edge)" if choice.at_edge else ""
         rows.append((choice.label, where + edge, f"{choice.val_top1_percent:.2f}", mean, spread, str(len(scores))))
     print_columns("chosen on validation", ("method", "at", "val (%)", "test (%)", "std", "seeds"), rows)
+    for record in untested(now, results):
+        reason = (record["error"].strip() or "no reason recorded").splitlines()[-1]
+        print(f"{record['label']}, seed {record['seed']}: not tested, as its run failed ({reason}).")
     say_held(now)
 
 

@@ -167,6 +167,21 @@ def test_failures_edges_and_missing_baselines_are_told(sweep: SweepFiles, tmp_pa
     assert report.summary[1].startswith("Nothing is compared yet")
 
 
+def test_seeds_that_failed_are_told_and_no_mean_without_them_is_called_higher(sweep: SweepFiles) -> None:
+    where = {"lr": 0.004, "head_lr": 0.01, "max_train_samples": 1000, "adapter__rank": 8}
+    sweep.failed("gate", 3, "The loss is nan at step 7", **where)
+    sweep.failed("gate", 100, "The loss is nan at step 7", phase="choose", **where)
+    report = reported(sweep)
+    rows = texts(only_table(report, "Cell by cell"))
+    said = "nothing is shown, as 1 of 4 seeds failed and is not counted"
+    assert rows["gate"]["what is shown"] == said and rows["swish"]["what is shown"] == "no difference is shown"
+    assert any(line.startswith("gate minus lora") and line.endswith(f"3 seeds: {said}.") for line in report.in_words)
+    sweep.failed("lora", 3, "no room", **where)
+    rows = texts(only_table(reported(sweep), "Cell by cell"))
+    assert rows["lora (baseline)"]["what is shown"] == "1 of 4 seeds failed and is not counted"
+    assert rows["swish"]["what is shown"].endswith("1 of the baseline's 4 seeds failed and is not counted")
+
+
 def suite(
     folder: Path, sets: list[str], model: str = "vit_base_patch16_224.augreg_in21k", **point: object
 ) -> SweepFiles:
@@ -188,6 +203,10 @@ def test_across_datasets(tmp_path: Path) -> None:
     assert rows["lora (baseline)"]["average test top-1 (%)"] == "81.00"
     assert rows["gate"]["average test top-1 (%)"] == "83.00" and rows["gate"][difference] == "+2.00 (−0.48 to +4.48)"
     assert rows["gate"]["datasets won / tied / lost"] == "3 / 0 / 0" and rows["gate"]["datasets"] == "3 of 3"
+    files.failed("gate", 2, "no room", dataset=EIGHT_SETS["Pets"], model="vit_base_patch16_224.augreg_in21k")
+    report = reported(files)
+    note = f"gate on {EIGHT_SETS['Pets']}: 1 of 3 seeds failed and is not counted."
+    assert note in across_datasets(report.comparisons)[0].notes and note in paper_tables(report.comparisons)[0].notes
     assert rows["swish"]["average test top-1 (%)"] == "" and rows["swish"]["datasets won / tied / lost"] == "0 / 0 / 1"
 
 

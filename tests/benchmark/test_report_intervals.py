@@ -52,6 +52,19 @@ def test_higher_and_lower_are_said_only_where_the_interval_excludes_zero(pairs: 
     assert in_words(Difference(pairs)) == said
 
 
+@pytest.mark.parametrize(("gain", "failed", "baseline_failed", "said"), [
+    (1, (1, 5), (0, 4), "nothing is shown, as 1 of 5 seeds failed and is not counted"),
+    (1, (0, 4), (2, 5), "higher by 1.10; 2 of the baseline's 5 seeds failed and are not counted"),
+    (-1, (1, 5), (0, 4), "lower by 1.10; 1 of 5 seeds failed and is not counted"),
+    (-1, (0, 4), (1, 5), "nothing is shown, as 1 of the baseline's 5 seeds failed and is not counted"),
+])  # fmt: skip
+def test_the_better_one_must_not_have_failed_seeds(
+    gain: int, failed: tuple[int, int], baseline_failed: tuple[int, int], said: str
+) -> None:
+    pairs = tuple(gain * pair for pair in (1.0, 1.1, 1.2))
+    assert in_words(Difference(pairs, failed, baseline_failed)).endswith(f", 3 seeds: {said}")
+
+
 def test_bonferroni_widens_the_interval() -> None:
     difference = Difference((1.0, 1.1, 1.2))
     assert difference.excludes_zero() and difference.excludes_zero(10) and not difference.excludes_zero(1000)

@@ -121,6 +121,26 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(
     assert not report_results.read_results([folder]).warnings
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RuntimeError("no room"), 1), (NotFiniteError("loss", math.nan, step=1, epoch=1, rates="lr 1"), 0)],
+)
+def test_a_run_to_test_that_failed_is_told(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception,
+    code: int,
+) -> None:  # fmt: skip
+    def fake(config: Any, **options: Any) -> Any:
+        if options["score_test"] and config.seed == 1 and config.method == "nolora":
+            raise error
+        metrics = {"val_top1_percent": 50.0, "test_top1_percent": 50.0, "total_seconds": 1.0}
+        return {"metrics": metrics, "dataset": {"id": "digits"}, "model": "vit"}
+
+    monkeypatch.setattr(sweeping, "run", fake)
+    assert main(tmp_path / "s.yaml", output=tmp_path / "out") == code
+    assert "tanh, seed 1: not tested, as its run failed (" in capsys.readouterr().out
+    assert main(tmp_path / "s.yaml", output=tmp_path / "out") == code  # nothing is left to do, and it still failed
+
+
 def test_a_sweep_whose_runs_all_diverge_leaves_strict_json(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
