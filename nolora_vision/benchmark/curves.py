@@ -133,8 +133,13 @@ def _rate_curve(label: str, by_x: Mapping[float, Mapping[Any, Sequence[Run]]]) -
     points = []
     for x in sorted(by_x):
         settings = [tuple(run.val for run in runs if run.val is not None) for runs in by_x[x].values()]
-        points.append(Point(x, max(settings, key=statistics.fmean)))
-    return Curve(label, tuple(points), max(points, key=lambda point: point.mean))
+        points.append(max((Point(x, values) for values in settings), key=_most_seeds_then_mean))
+    return Curve(label, tuple(points), max(points, key=_most_seeds_then_mean))
+
+
+def _most_seeds_then_mean(point: Point) -> tuple[int, float]:
+    """Means over different numbers of seeds are not compared: while choosing is under way some points have fewer."""
+    return len(point.values), point.mean
 
 
 def difference_bars(comparisons: Sequence[Comparison]) -> list[BarPanel]:

@@ -65,6 +65,18 @@ def test_rate_curves_take_the_other_rates_at_their_best_and_mark_the_best(report
     assert [(p.x, p.mean) for p in head.points] == [(0.01, pytest.approx(80.005)), (0.1, pytest.approx(75.005))]
 
 
+def test_a_rate_with_fewer_seeds_is_not_marked_as_the_best(tmp_path: Path) -> None:
+    sweep = SweepFiles(tmp_path / "s")
+    for lr, vals in ((0.001, (70.0, 71.0)), (0.01, (79.0, 60.0)), (0.1, (75.0,))):
+        for seed, val in enumerate(vals):
+            sweep.done("lora", 100 + seed, val=val, lr=lr, head_lr=0.01)
+    sweep.done("lora", 100, val=90.0, lr=0.01, head_lr=0.1)
+    sweep.done("lora", 0, test=80.0, lr=0.001, head_lr=0.01)
+    (panel,) = curves.by_learning_rate(build_report(read_results([sweep.folder])).comparisons)
+    (curve,) = panel.curves
+    assert [p.values for p in curve.points] == [(70.0, 71.0), (79.0, 60.0), (75.0,)] and curve.best is curve.points[0]
+
+
 def test_what_is_on_the_axes(report: Report) -> None:
     figures = {name: figure for name, _, _, figure in figures_of(report)}
     assert list(figures) == [
