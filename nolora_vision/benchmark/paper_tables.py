@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from nolora_vision.benchmark.comparison import TRAIN_SIZE, Comparison, Outcome
+from nolora_vision.benchmark.comparison import TRAIN_SIZE, Comparison, Outcome, axis_words
 from nolora_vision.benchmark.published import EIGHT_SETS, SUITE, VTAB, vtab_task
 from nolora_vision.benchmark.report_tables import (
     EMPTY,
@@ -21,6 +21,8 @@ from nolora_vision.training.vtab import VTAB_TASKS, vtab_averages
 
 NO_CLAIM = "Published rows are quoted, not reproduced: other code, recipes, splits; no difference to them is claimed."
 PUBLISHED_MODEL = "vit_base_patch16_224"
+PUBLISHED_SIZE = 224
+"""Height and width in pixels."""
 PUBLISHED_TAGS = ("in21k",)
 
 
@@ -103,6 +105,18 @@ def _notes(comparisons: Mapping[str, Comparison]) -> list[str]:
     architecture, _, tag = cell.model.partition(".")
     if architecture != PUBLISHED_MODEL or not tag.endswith(PUBLISHED_TAGS):
         notes.append(f"The published rows are of ViT-B/16 with ImageNet-21k weights, ours of {cell.model}.")
-    if any(name in TRAIN_SIZE and value is not None for name, value in cell.axes):
-        notes.append(f"The published rows trained on all training images, ours on a part of them: {cell.conditions}.")
+    if part := _told(comparisons, *TRAIN_SIZE):
+        notes.append(f"The published rows trained on all training images, ours on a part of them: {part}.")
+    if part := _told(comparisons, "max_eval_samples"):
+        notes.append(f"The published rows were tested on all test images, ours on a part of them: {part}.")
+    if size := _told(comparisons, "img_size", usual=PUBLISHED_SIZE):
+        notes.append(f"The published rows are of images of {PUBLISHED_SIZE} pixels, ours of others: {size}.")
     return notes
+
+
+def _told(comparisons: Mapping[str, Comparison], *names: str, usual: int | None = None) -> str:
+    """What our tested runs were told of these fields, wherever the sweep says it; empty where all have the usual."""
+    runs = (run for c in comparisons.values() for outcome in c.outcomes for run in outcome.runs)
+    told = ((name, {**run.settings, **run.point}.get(name)) for run in runs for name in names)
+    found = {axis_words(name, value) for name, value in told if value not in (None, usual)}
+    return " or ".join(sorted(found))

@@ -229,6 +229,31 @@ def test_the_papers_rows_stand_beside_ours_and_are_marked(tmp_path: Path) -> Non
     assert all(len(row.top1_percent) == 8 for row in SUITE)
 
 
+@pytest.mark.parametrize(
+    ("base", "notes"),
+    [
+        (
+            {"max_train_samples": 1000},
+            ["trained on all training images, ours on a part of them: 1,000 training images."],
+        ),
+        ({"shots": 10}, ["trained on all training images, ours on a part of them: shots 10."]),
+        ({"train_fraction": 0.5}, ["trained on all training images, ours on a part of them: train fraction 0.5."]),
+        ({"max_eval_samples": 2000}, ["tested on all test images, ours on a part of them: max eval samples 2000."]),
+        ({"img_size": 96}, ["are of images of 224 pixels, ours of others: img size 96."]),
+        ({"img_size": 224, "max_train_samples": None}, []),
+    ],
+)
+def test_what_the_base_says_keeps_from_the_papers_too(tmp_path: Path, base: dict, notes: list[str]) -> None:
+    files = SweepFiles(tmp_path / "s", base=base)
+    for label in ("lora", "gate"):
+        for dataset in list(EIGHT_SETS.values())[:2]:
+            files.done(label, 0, test=80.0, dataset=dataset, model="vit_base_patch16_224.augreg_in21k", config=base)
+    (table,) = paper_tables(reported(files).comparisons)
+    assert list(table.notes[1:]) == [
+        f"The published rows {'were ' * note.startswith('tested')}{note}" for note in notes
+    ]
+
+
 def test_vtab_has_both_averages_and_only_of_all_tasks(tmp_path: Path) -> None:
     report = reported(suite(tmp_path / "s", [f"vtab:{task}" for task in VTAB_TASKS]))
     table = only_table(report, "Beside the papers")
