@@ -66,6 +66,8 @@ class Outcome:
     failures: tuple[Run, ...]
     at_edge: bool = False
     """The choice is at the edge of its grid: a better one may lie beyond."""
+    edges: tuple[str, ...] | None = None
+    """The axes at whose edge it is; None: the sweep, being older, does not say."""
     difference: Difference | None = None
     """To the baseline, over the seeds that both have; None for itself."""
     loss_difference: Difference | None = None
@@ -224,9 +226,10 @@ def _outcome(cell: Cell, label: str, runs: Sequence[Run], warnings: list[str]) -
         )
     here = points[point]
     done = sorted((run for run in here if run.error is None), key=lambda run: run.seed)
-    edge = bool(picked.get(point, {}).get("at_edge"))
+    entry = picked.get(point, {})
+    edges = tuple(map(str, said)) if isinstance(said := entry.get("edges"), list) else None
     failures = [run for run in here if run.error] + [run for run in runs if run.phase == "choose" and run.error]
-    return Outcome(label, point, tuple(done), tuple(failures), edge)
+    return Outcome(label, point, tuple(done), tuple(failures), bool(entry.get("at_edge")), edges)
 
 
 def _mean_val(runs: Sequence[Run]) -> float:

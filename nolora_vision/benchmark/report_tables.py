@@ -133,7 +133,7 @@ def _chosen_value(axis: str) -> Callable[[Outcome], Value]:
         found = dict(outcome.point).get(axis)
         if found is None:
             return EMPTY
-        edge = " (edge)" if outcome.at_edge else ""
+        edge = " (edge)" if outcome.at_edge and (outcome.edges is None or axis in outcome.edges) else ""
         return Value(f"{found:g}{edge}", found) if isinstance(found, (int, float)) else Value(f"{found}{edge}")
 
     return value

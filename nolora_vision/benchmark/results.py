@@ -38,7 +38,7 @@ class Sweep:
     baseline: str
     choose_axes: tuple[str, ...]
     chosen: tuple[Mapping[str, Any], ...]
-    """label, cell, point, val_top1_percent and at_edge of each choice."""
+    """label, cell, point, val_top1_percent, at_edge and edges of each choice."""
     base: frozenset[str]
     """Fields that it gives to all runs."""
     named: Mapping[str, frozenset[str] | None]

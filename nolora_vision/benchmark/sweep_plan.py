@@ -95,6 +95,8 @@ class Choice:
     """Candidates that were tried."""
     at_edge: bool
     """Whether the best is still at an edge of them."""
+    edges: tuple[str, ...] = ()
+    """The axes at whose edge it is."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ def _choosing(sweep: Sweep, label: str, cell: Point, results: Results) -> tuple[
         best = points[means.index(highest)]  # of equal ones the first
         edges = [axis for axis, tried in values.items() if len(tried) > 1 and best[axis] in (tried[0], tried[-1])]
         if not edges or extension == sweep.choose.extend:
-            return tasks, Choice(label, cell, {**cell, **best}, highest, len(points), at_edge=bool(edges))
+            at = tuple(edges)
+            return tasks, Choice(label, cell, {**cell, **best}, highest, len(points), at_edge=bool(at), edges=at)
         for axis in edges:  # beyond the best one only: all others of that value would be lower still, or by chance
             further = _beyond(values[axis], best[axis])
             if _is_usable(sweep, label, cell, {**cell, **best, axis: further}):

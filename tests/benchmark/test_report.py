@@ -182,6 +182,19 @@ def test_seeds_that_failed_are_told_and_no_mean_without_them_is_called_higher(sw
     assert rows["swish"]["what is shown"].endswith("1 of the baseline's 4 seeds failed and is not counted")
 
 
+def test_only_the_axis_at_whose_edge_the_choice_is_is_marked(sweep: SweepFiles) -> None:
+    for label, edges in (("lora", {}), ("swish", {"edges": ["head_lr"]}), ("gate", {"edges": ["lr", "head_lr"]})):
+        sweep.choice(label, {"lr": 0.004, "head_lr": 0.01}, {"adapter.rank": 8}, at_edge=True)
+        list(sweep.sweep["chosen"].values())[-1].update(edges)
+    sweep.save_sweep()
+    rows = texts(only_table(reported(sweep), "Cell by cell"))
+    assert {label: (row["lr"], row["head lr"]) for label, row in rows.items()} == {
+        "lora (baseline)": ("0.004 (edge)", "0.01 (edge)"),  # an older sweep does not say which
+        "swish": ("0.004", "0.01 (edge)"),
+        "gate": ("0.004 (edge)", "0.01 (edge)"),
+    }
+
+
 def suite(
     folder: Path, sets: list[str], model: str = "vit_base_patch16_224.augreg_in21k", **point: object
 ) -> SweepFiles:

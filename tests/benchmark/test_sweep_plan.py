@@ -89,6 +89,7 @@ def test_two_axes_are_chosen_together_and_extended_apart() -> None:
     points = {(t.point["lr"], t.point["head_lr"]) for t in ran if t.label == "lora" and t.phase == "choose"}
     assert points == {(lr, head) for lr in RATES for head in (1e-3, 1e-2)} | {(2e-3, 1e-1)}
     assert choices[0].point == {"lr": 2e-3, "head_lr": 1e-1} and choices[0].trials == 7 and choices[0].at_edge
+    assert choices[0].edges == ("head_lr",)
     more = replace(sweep, choose=replace(sweep.choose, extend=2))
     _, choices, _ = finish(more, lambda task: -abs(task.config.head_lr - 1e-1) - abs(task.config.lr - 1e-3))
     assert choices[0].point == {"lr": 1e-3, "head_lr": 1e-1}  # found at two edges at once, each gone beyond once
