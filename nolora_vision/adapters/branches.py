@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from nolora_vision.adapters.adapter_files import AdapterMismatchError, CorruptAdapterError
 from nolora_vision.config import ROLES, AdapterConfig, ConfigError
 from nolora_vision.kernels import FORMULAS, LowRank
-from nolora_vision.surgery.plan import ATOMS, InjectionError, chosen_parts, own_values
+from nolora_vision.surgery.plan import InjectionError, chosen_parts, own_values
 from nolora_vision.surgery.sites import (
+    ATOMS,
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
+    WITH_MLP,
     Site,
     meaning,
     mlp_of,
@@ -80,7 +82,8 @@ def named_branches(state: Mapping[str, Tensor], said: Mapping[str, Any], place: 
             alpha = alphas.get(part)
             operands = _operands(path, branches[part], config, alpha, place)
             count = sum(t.numel() for t in branches[part].values())
-            yield NamedBranch(path, "+".join(parts) or roles[path], part, operands, count)
+            role = "+".join(sorted(parts, key=lambda p: p != "fc1"))  # in the order of the layer's output
+            yield NamedBranch(path, role or roles[path], part, operands, count)
 
 
 def roles_of(paths: Sequence[str], config: AdapterConfig) -> dict[str, str]:
@@ -167,4 +170,6 @@ def _shared_parts(path: str, role: str, config: AdapterConfig) -> list[str]:
     """The parts that one A serves together, which the file does not name."""
     if not config.share_down or len(role) < 2 or not set(role) <= set("qkv"):
         return []
-    return list(chosen_parts(Site(path, role, "", 0, 0, dict.fromkeys(role, ((0, 1),))), config) or ())
+    names, i = meaning(path)
+    parts = (*(("fc1",) if names[i] == WITH_MLP else ()), *role)
+    return list(chosen_parts(Site(path, role, "", 0, 0, dict.fromkeys(parts, ((0, 1),))), config) or ())

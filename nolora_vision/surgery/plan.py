@@ -12,18 +12,7 @@ from torch import nn
 from nolora_vision.config import ROLES, AdapterConfig, did_you_mean
 from nolora_vision.surgery.adapter import ADAPTED_LAYERS
 from nolora_vision.surgery.layout import Rows
-from nolora_vision.surgery.sites import Site, classifier_paths, find_sites, inside, is_pointwise
-
-ATOMS: Mapping[str, frozenset[str]] = {
-    **{role: frozenset({role}) for role in ("q", "k", "v", "proj", "fc1", "fc2")},
-    "qkv": frozenset("qkv"),
-    "qk": frozenset("qk"),
-    "kv": frozenset("kv"),
-    "mlp": frozenset({"fc1", "fc2"}),
-    "all": frozenset({"q", "k", "v", "proj", "fc1", "fc2"}),
-    "": frozenset(),
-}
-"""What each role, of a layer or in `targets`, consists of."""
+from nolora_vision.surgery.sites import ATOMS, Site, classifier_paths, find_sites, inside, is_pointwise
 
 
 class InjectionError(ValueError):
@@ -70,6 +59,7 @@ def plan_adapters(model: nn.Module, config: AdapterConfig) -> list[PlannedAdapte
             plan.append(PlannedAdapter(site, _own_configs(site, config, parts), parts or None))
     if not plan:
         raise InjectionError(_nothing_matches(model, sites, config))
+    _refuse_idle_patterns(sites, plan, config)
     _refuse_unsupported_layers(model, plan)
     _refuse_too_large_ranks(plan)
     return plan
@@ -94,7 +84,7 @@ def chosen_parts(site: Site, config: AdapterConfig) -> dict[str, Rows] | None:
     exclude_roles, exclude_names, exclude_whole = _names(config.exclude)
     if any(matches(name, site.path, whole=exclude_whole) for name in exclude_names):
         return None
-    atoms = ATOMS[site.role] | (site.parts.keys() if site.role == "qkv" else frozenset())
+    atoms = site.atoms
     excluded = frozenset().union(*(ATOMS[role] for role in exclude_roles))
     if any(matches(name, site.path, whole=whole) for name in names):
         wanted = atoms
@@ -152,7 +142,7 @@ def own_values(
     if config.share_down or not products:
         products = {"": frozenset().union(*products.values())}
     pattern: Mapping[str, float] = getattr(config, name)
-    return {part: _value_of(pattern, name, site, atoms or ATOMS[site.role]) for part, atoms in products.items()}
+    return {part: _value_of(pattern, name, site, atoms or site.atoms) for part, atoms in products.items()}
 
 
 def _value_of(pattern: Mapping[str, float], name: str, site: Site, atoms: frozenset[str]) -> float | None:
@@ -231,10 +221,21 @@ def _refuse_unmatched_exceptions(sites: Sequence[Site], config: AdapterConfig, h
     for name in excluded:
         if not any(matches(name, path, whole=whole) for path in [*paths, *heads]):
             raise _no_such_layer("exclude", name, sites)
+
+
+def _refuse_idle_patterns(sites: Sequence[Site], plan: Sequence[PlannedAdapter], config: AdapterConfig) -> None:
+    """Names of layers that get no adapter. Roles may be such: a config may be for several families, or targets."""
+    adapted = frozenset(planned.site.path for planned in plan)
     for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            if key not in ROLES and not any(_fits(key, path) for path in paths):
+        for key in (key for key in getattr(config, field) if key not in ROLES):
+            fitting = [site.path for site in sites if _fits(key, site.path)]
+            if not fitting:
                 raise _no_such_layer(field, key, sites)
+            if adapted.isdisjoint(fitting):
+                raise InjectionError(
+                    f"{field}: {key!r} fits {fitting[0]}{f' and {n} more' if (n := len(fitting) - 1) else ''}, but no "
+                    f"layer that gets an adapter. Choose such a layer by targets, exclude and layers, or drop the key."
+                )
 
 
 def _no_such_layer(field: str, name: str, sites: Sequence[Site]) -> InjectionError:

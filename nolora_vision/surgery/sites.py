@@ -22,7 +22,9 @@ ATTENTION_INPUTS: Mapping[str, str] = {
     **dict.fromkeys(("v", "wv", "v_proj", "to_value", "value", "v_gate"), "v"),
     **{"kv": "kv", "qk": "qk"},
 }
-"""Role by the name of an attention's input projection. `pwise`: LowFormer; `in_proj`: qkv and MLP in one Linear."""
+"""Role by the name of an attention's input projection. `pwise`: LowFormer."""
+WITH_MLP = "in_proj"
+"""The one among them that makes an MLP's fc1 as well, in one product (timm's ParallelScalingBlock)."""
 
 ATTENTION_OUTPUTS = frozenset({"proj", "o_proj", "out_proj", "attn_out_proj", "output"})
 MLP_LAYERS = frozenset({"fc1", "fc2", "fc1_g", "fc1_x", "pwconv1", "pwconv2", "mlp_out_proj"})
@@ -57,6 +59,17 @@ NOT_TOKENS_CLASS = re.compile(
     r"SpatialTransformerBlock|AttentionPool2d|RotAttentionPool2d|SepConv|LocalRepresentation"
 )
 
+ATOMS: Mapping[str, frozenset[str]] = {
+    **{role: frozenset({role}) for role in ("q", "k", "v", "proj", "fc1", "fc2")},
+    "qkv": frozenset("qkv"),
+    "qk": frozenset("qk"),
+    "kv": frozenset("kv"),
+    "mlp": frozenset({"fc1", "fc2"}),
+    "all": frozenset({"q", "k", "v", "proj", "fc1", "fc2"}),
+    "": frozenset(),
+}
+"""What each role, of a layer or in `targets`, consists of."""
+
 BYPASS_FLAG = "qkv_bias_separate"
 """timm's switch in BEiT, EVA and Swin V2: without it the block reads `qkv.weight` and never calls the layer."""
 
@@ -80,6 +93,11 @@ class Site:
     def letters(self) -> str:
         """Which of q, k, v the layer makes."""
         return self.role if self.role in {"q", "k", "v", "qk", "kv", "qkv"} else ""
+
+    @property
+    def atoms(self) -> frozenset[str]:
+        """What the whole layer consists of: its role, and fc1 where that is in one product with q, k and v."""
+        return ATOMS[self.role].union(self.parts if self.role == "qkv" else ())
 
 
 def classifier_paths(model: nn.Module) -> tuple[str, ...]:

@@ -148,6 +148,22 @@ def test_a_directory_says_exactly_what_the_live_model_says(family: Family, confi
     )
 
 
+@pytest.mark.parametrize("targets", [("fc1",), ("q", "fc1"), ("q", "v"), ("q", "k", "v", "fc1"), "qkv", "all"])
+@pytest.mark.parametrize("key", ["fc1", "mlp", "qkv", "all"])
+@pytest.mark.parametrize("share", [False, True], ids=["apart", "shared"])
+def test_an_mlp_in_one_product_with_q_k_and_v(targets: object, key: str, share: bool, tmp_path: Path) -> None:
+    """A file with one A for parts of `in_proj` does not name them; its scale follows from the targets all the same."""
+    sizes = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("vit_pwee_patch16_reg1_gap_256", **sizes)
+    try:
+        model = randomised(inject(model, rank=2, targets=targets, share_down=share, alpha_pattern={key: 7}))
+    except nolora_vision.InjectionError as error:
+        assert "is only a part of what" in str(error)
+        return
+    saved, live = (anatomy(what).rows for what in (save_adapter(model, tmp_path / "a"), model))
+    assert saved == live and saved
+
+
 class ConvBlock(nn.Module):
     """An MLP of 1×1 convolutions."""
 

@@ -327,6 +327,35 @@ def test_a_part_of_one_product_has_no_rank_of_its_own(settings: dict) -> None:
     assert planned(vit(), targets="mlp", rank_pattern={"v": 2}) and planned(vit(), rank_pattern={"qkv": 2})
 
 
+def test_an_mlp_in_one_product_with_q_k_and_v_has_no_rank_of_its_own() -> None:
+    """`in_proj` of timm's parallel blocks: fc1, q, k and v. Adapted in parts, each has its own."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_pwee_patch16_reg1_gap_256", depth=1)
+    for key in ("mlp", "fc1", "qkv", "q"):
+        for pattern in ({"rank_pattern": {key: 4}}, {"alpha_pattern": {key: 4.0}}):
+            with pytest.raises(InjectionError, match=rf"{key}' is only a part of what blocks\.0\.in_proj"):
+                planned(model, **pattern)
+    plan = plan_adapters(model, AdapterConfig(rank=2, rank_pattern={"all": 3}))
+    assert {p.site.path: p.config.rank for p in plan} == {"blocks.0.in_proj": 3, "blocks.0.mlp_out_proj": 3}
+    (plan, _) = plan_adapters(model, AdapterConfig(rank=2, targets=("q", "mlp"), rank_pattern={"fc1": 4, "q": 3}))
+    assert {part: config.rank for part, config in plan.configs.items()} == {"fc1": 4, "q": 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": "mlp", "rank_pattern": {"attn.qkv": 4}}, r"fits blocks\.0\.attn\.qkv and 5 more, but no layer"),
+        ({"layers": (0,), "alpha_pattern": {"blocks.5.mlp.fc1": 4.0}}, r"fits blocks\.5\.mlp\.fc1, but no layer"),
+        ({"exclude": "fc1", "rank_pattern": {r".*\.fc1": 4}}, r"gets an adapter\. Choose such a layer by"),
+        ({"rank_pattern": {"blocks.0.attn.proj": 4}}, r"rank_pattern: 'blocks\.0\.attn\.proj' fits"),
+    ],
+)
+def test_a_pattern_for_layers_that_get_no_adapter_is_a_mistake(settings: dict, message: str) -> None:
+    with pytest.raises(InjectionError, match=message):
+        planned(vit(), **settings)
+    assert planned(vit(), **{**settings, "targets": "all", "layers": None, "exclude": ()})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
