@@ -25,8 +25,9 @@ PLAIN_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, *ADAPTED_LAYE
 """Exactly these: a subclass may do anything with its weight, such as standardise it in fp32 (timm's StdConv2d)."""
 PADDED_CONVOLUTION = "Conv2dSame"
 """timm's: it pads, and then is a plain convolution."""
-READS_DTYPE = re.compile(r"PositionalEncodingFourier")
-"""timm's modules, by class, that compute something else in the type of their layer's weight (EdgeNeXt's sines)."""
+READS_DTYPE = re.compile(r"PositionalEncodingFourier|GPSA")
+"""timm's modules, by class, that compute something else in the type of their layer's weight: EdgeNeXt's sines, and
+ConViT's relative positions, which it keeps in that type when the weight has its own again."""
 
 
 @dataclass(frozen=True)

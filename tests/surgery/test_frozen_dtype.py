@@ -158,6 +158,19 @@ def test_fold_disabled_and_named_adapters_work_on_held_weights(tmp_path: Path) -
     assert held_in(model) == torch.bfloat16 and torch.isfinite(model(x)).all()
 
 
+@pytest.mark.parametrize("undo", [release_frozen, nolora_vision.eject, lambda m: nolora_vision.fold(m, merge=True)])
+def test_convit_runs_after_its_weights_were_held(undo: Any) -> None:
+    """Its first forward makes a table in the type of a weight, and keeps it."""
+    model = timm.create_model("convit_tiny", img_size=32, depth=2, local_up_to_layer=1, num_classes=7).eval()
+    nolora_vision.inject(model, AdapterConfig(rank=2, nonlinearity="identity", modulation="none"))
+    x = torch.randn(1, 3, 32, 32)
+    hold_frozen(model, torch.bfloat16)
+    with torch.no_grad():
+        model(x)
+        undo(model)
+        assert model(x).dtype == torch.float32
+
+
 def test_a_held_model_can_be_injected_copied_pickled_and_made_float() -> None:
     model = FAMILIES["vit"].build().eval()
     nolora_vision.freeze_backbone(model)
