@@ -21,6 +21,7 @@ from nolora_vision.kernels.eager import (
     Frozen,
     LowRank,
     operands_of,
+    small_operands,
     stacked_down,
     stacked_up,
     with_operands,
@@ -268,7 +269,9 @@ def by_hand(
         parts = [(d_down, d_up)] if len(ranks) == 1 else zip(d_down.split(ranks), d_up.split(ranks, 1), strict=True)
         for branch, (of_down, of_up), smaller in zip(branches, parts, d_small, strict=True):
             of_up = cast(_gathered(of_up, branch.rows), branch.up.dtype)
-            found += [cast(of_down, branch.down.dtype), of_up, *smaller]
+            found += [cast(of_down, branch.down.dtype), of_up]
+            pairs = zip(smaller, small_operands(branch), strict=True)
+            found += [None if d is None else cast(d, t.dtype) for d, t in pairs]
     else:
         found += [None] * (len(wanted) - 1)
     return [gradient if asked else None for gradient, asked in zip(found, wanted, strict=True)]

@@ -63,6 +63,22 @@ def test_opcheck(case: str, given: bool) -> None:
     assert results and set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("case", ["swish gate", "rational vector", "aurora gate"])
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
+def test_gradients_have_the_types_that_a_compiler_is_told(case: str, types: tuple[torch.dtype, torch.dtype]) -> None:
+    """Those of the operands; the rank space computes in fp32."""
+    dtype, of_operands = types
+    branches = branches_of(*case.split(), of_operands)
+    operands = [t.detach() for branch in branches for t in operands_of(branch)]
+    x, dy, weight = torch.randn(8, 5, dtype=dtype), torch.randn(8, 9, dtype=dtype), torch.randn(9, 5, dtype=dtype)
+    text, wanted = custom_op.describe(branches), [True] * (1 + len(operands))
+    _, h = custom_op.update(x, None, weight, None, operands, text, "torch")
+    real = custom_op.update_backward(dy, x, h, weight, operands, text, "torch", wanted)
+    meta = [t.to("meta") for t in (dy, x, h, weight)]
+    told = torch.ops.nolora.update_backward(*meta, [t.to("meta") for t in operands], text, "torch", wanted)
+    assert [t.dtype for t in real] == [t.dtype for t in told] == [dtype] + [of_operands] * len(operands)
+
+
 @pytest.mark.parametrize("modulation", MODULATIONS)
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 def test_it_equals_the_definition(nonlinearity: str, modulation: str) -> None:
