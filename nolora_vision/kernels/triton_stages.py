@@ -211,7 +211,7 @@ def types_of(dtype: torch.dtype) -> dict[str, Any]:
     fp32 in, fp32 products. Beside bf16 and fp16 those of the rank space may be sums of three tf32 products, near to
     fp32: exact ones do without tensor cores and, in large tiles, run out of registers.
     """
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 sets it as well
     return {
         "COMPUTE": TYPES[dtype],
         "PRECISION": "tf32" if tf32 else "ieee",

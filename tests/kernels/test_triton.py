@@ -50,6 +50,22 @@ def test_on_a_gpu(file: str) -> None:
     run_checks(file, interpret=False)
 
 
+@pytest.mark.parametrize(("switch", "value"), [("fp32_precision", "tf32"), ("allow_tf32", True)])
+def test_tf32_by_either_switch_of_pytorch(switch: str, value: object) -> None:
+    """Once the newer one is set, PyTorch refuses to read the older."""
+    from nolora_vision.kernels.triton_stages import types_of
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert types_of(torch.float32)["PRECISION"] == "ieee"
+        setattr(matmul, switch, value)
+        assert types_of(torch.float32)["PRECISION"] == "tf32" and types_of(torch.bfloat16)["PRECISION"] == "ieee"
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+
+
 def in_fp32(branch: LowRank) -> LowRank:
     return with_operands(branch, iter([t.float() for t in operands_of(branch)]))
 
