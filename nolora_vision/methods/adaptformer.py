@@ -51,8 +51,8 @@ class ParallelBottleneck(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) → (..., D)."""
-        return self.up(F.relu(self.down(x))) * self.scale
+        """x: (..., D) → (..., D), in fp32 whatever the type of the model."""
+        return self.up(F.relu(self.down(x.to(self.down.weight.dtype)))) * self.scale
 
 
 def _add_bottleneck(mlp: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

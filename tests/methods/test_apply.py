@@ -119,6 +119,19 @@ def test_held_weights_change_nothing_under_autocast(method: str) -> None:
         assert torch.equal(gradient, results[1][1][name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_adaptformer_in_models_of_other_types(dtype: torch.dtype) -> None:
+    """Its bottlenecks stay in fp32."""
+    model, x = MODELS["vit"].build().to(dtype).eval(), MODELS["vit"].images().to(dtype)
+    before = model(x)
+    apply_method(model, "adaptformer", CONFIG)
+    assert torch.equal(model(x), before)
+    for name, parameter in model.named_parameters():
+        if name.endswith("adaptformer.up.bias"):
+            nn.init.ones_(parameter)
+    assert model(x).dtype == dtype and not torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_models_copy_and_pickle(method: str) -> None:
     model, x = fresh(MODELS["vit"], method).eval(), MODELS["vit"].images()
