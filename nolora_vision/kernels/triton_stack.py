@@ -59,7 +59,9 @@ def unfit_device(x: Tensor) -> str | None:
         return None
     if x.device.type != "cuda":
         return f"x is on the device {x.device.type}, not on a GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if torch.version.hip is not None:
+        return "the GPU is AMD's, for which Triton has no sums of three tf32 products"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
     return None
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,24 @@ def test_what_is_not_supported_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "Triton can't compute this update: rank 66 .* Use the backend 'autograd' or 'eager'"
     with pytest.raises(triton_stack.Unsupported, match=message):
         triton_stack.stacked([wide] * 2, x, f32)
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [
+        ("6.4", (9, 4), "the GPU is AMD's, for which Triton has no sums of three tf32 products"),
+        (None, (7, 5), "the GPU's compute capability is below 8.0"),
+        (None, (9, 0), None),
+    ],
+)
+def test_gpus_that_are_not_fit(
+    hip: str | None, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    branch = in_fp32(make_branch("tanh", "vector", r=3))
+    assert triton_stack.supports([branch], x, torch.bfloat16) == reason
 
 
 def test_the_package_imports_no_triton_of_its_own() -> None:
