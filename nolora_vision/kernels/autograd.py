@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from nolora_vision.kernels import eager, torch_stages
@@ -45,14 +46,15 @@ def low_rank_delta(
 ) -> Tensor:
     """As `eager.low_rank_delta`, with less memory and fewer passes over large tensors.
 
-    Inside `torch.func` transforms and `torch.jit.trace` the definition itself runs: they need to see every operation.
+    Inside `torch.func` transforms, forward-mode derivatives and `torch.jit.trace` the definition itself runs: they need
+    to see every operation.
     A second derivative by x itself, where x is no leaf, misses what goes through A x, as x is made again as another
     tensor; those by parameters and by what x was made of are whole. `eager` has it.
 
     Args:
         stages: what computes the three stages.
     """
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return eager.low_rank_delta(x, base, branches)
     weight, bias = base if isinstance(base, Frozen) else (None, None)
     given = None if isinstance(base, Frozen) else base

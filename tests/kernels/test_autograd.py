@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nolora_vision
@@ -293,6 +294,18 @@ def test_functions_of_torch_func_run() -> None:
     torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
     per_sample = torch.func.vmap(torch.func.grad(loss))(x.detach().unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(per_sample, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own, which make_dual calls
+@pytest.mark.parametrize("case", ["identity none", "swish gate"])
+def test_forward_mode_derivatives_are_those_of_the_definition(case: str) -> None:
+    branch, x = make_branch(*case.split(), d=5, e=6, r=3)._replace(scale=1.0), torch.randn(4, 5, dtype=torch.float64)
+    layer, tangent, found = Frozen(torch.randn(6, 5, dtype=torch.float64), None), torch.randn_like(x), []
+    for compute in (autograd.low_rank_delta, eager.low_rank_delta):
+        with forward_ad.dual_level():
+            y = compute(forward_ad.make_dual(x, tangent), layer, [branch])
+            found.append(forward_ad.unpack_dual(y).tangent)
+    assert found[0] is not None and torch.equal(*found)
 
 
 def whole_model(backend: str, model: nn.Module, x: Tensor, autocast: bool, checkpointing: bool) -> list[Tensor]:
