@@ -136,7 +136,11 @@ class NoLoRAConv2d(AdaptedLayer, nn.Conv2d):
         seen = input[..., :: self.stride[0], :: self.stride[1]]
         update = self.adapter if self.mixture is None else self.mixture
         y = update(seen.movedim(-3, -1), base.movedim(-3, -1)).movedim(-1, -3)
-        return y if y.stride() == base.stride() else torch.empty_like(base).copy_(y)
+        if y.stride() == base.stride():
+            return y
+        if torch._C._are_functorch_transforms_active():  # of vmap's samples y may have one each where base is for all
+            return y.new_empty_strided(base.shape, base.stride()).copy_(y)
+        return torch.empty_like(base).copy_(y)
 
 
 ADAPTED_LAYERS: tuple[type[NoLoRALinear] | type[NoLoRAConv2d], ...] = (NoLoRALinear, NoLoRAConv2d)

@@ -158,6 +158,23 @@ def test_in_place_addition_on_the_output_keeps_the_gradients(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_vmap_over_adapters_of_a_convolution(layout: torch.memory_format) -> None:
+    """The base output is then the same for all, and y is not."""
+    layer, x = NoLoRAConv2d(10, 6), torch.randn(2, 10, 3, 4).contiguous(memory_format=layout)
+    randomise(layer)
+    several = {name: torch.stack([p, 2 * p]) for name, p in layer.named_parameters() if "adapter" in name}
+
+    def output(adapter: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, adapter, (x,))
+
+    found = torch.func.vmap(output)(several)
+    for i, y in enumerate(found):
+        expected = output({name: p[i] for name, p in several.items()})
+        torch.testing.assert_close(y, expected)
+        assert y.stride() == expected.stride()
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_autocast_keeps_the_rank_space_in_fp32(conv: bool) -> None:
     layer = NoLoRAConv2d(64, 32) if conv else NoLoRALinear(64, 32)
