@@ -32,6 +32,8 @@ MLP_LAYERS = frozenset({"fc1", "fc2", "fc1_g", "fc1_x", "pwconv1", "pwconv2", "m
 
 MLP_NAME = re.compile(r"(mlp|ffn)(\d+|_\w+)?")
 MLP_CLASS = re.compile(r"Mlp|MLP|FFN|FeedForward|SwiGLU")
+PIECES = frozenset({"attn", "attns", "ffns"})
+"""Containers in a block whose numbers count its pieces: `blocks.0.attns.1` (ViT 18×2), `attn.main.1` (LowFormer)."""
 WRAPPERS = re.compile(r"conv|linear|ln|c|m|module|main|\d+")
 """Components that say how a layer is packed (`qkv.linear`, `proj.1.conv`), not what it is."""
 
@@ -195,7 +197,8 @@ def _container(path: str) -> str:
 def block_of(path: str) -> str:
     """Path of the block that a layer belongs to, '' outside any."""
     parts, i = meaning(path)
-    numbered = [k for k in range(i) if parts[k].isdigit()]
+    end = next((k for k in range(i) if parts[k] in PIECES), i)
+    numbered = [k for k in range(end) if parts[k].isdigit()]
     return ".".join(parts[: numbered[-1] + 1]) if numbered else ""
 
 

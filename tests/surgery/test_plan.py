@@ -70,6 +70,22 @@ def test_layers_count_blocks_from_both_ends() -> None:
     assert blocks == {"layers.0.blocks.0", "layers.1.blocks.0", "layers.3.blocks.1"}
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "first"),
+    [
+        ("vit_small_patch16_18x2_224", 18, {f"blocks.0.attns.{i}.attn.qkv" for i in (0, 1)}),
+        ("lowformer_b0", 7, {"stages.2.1.attn.main.1.pwise"}),
+    ],
+)
+def test_numbered_pieces_of_a_block_are_no_blocks(name: str, count: int, first: set[str]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert {p.site.path for p in plan_adapters(model, AdapterConfig(rank=2, targets="qkv", layers=(0,)))} == first
+    assert len({p.site.block for p in plan_adapters(model, AdapterConfig(rank=2))}) == count
+    with pytest.raises(InjectionError, match=f"this model has {count} blocks"):
+        planned(model, layers=(count,))
+
+
 def test_rank_and_alpha_by_layer() -> None:
     settings = {
         "rank_pattern": {"mlp.fc1": 3, "qkv": 5, r"blocks\.0\..*fc2": 7},
