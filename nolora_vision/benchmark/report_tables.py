@@ -157,12 +157,18 @@ def _counting_notes(comparison: Comparison) -> list[str]:
     return notes
 
 
+UNNAMED = frozenset({"x86_64", "AMD64", "aarch64", "arm64"})
+"""What older records call every processor of a kind."""
+
+
 def _cost_notes(comparison: Comparison) -> list[str]:
     runs = [run for outcome in comparison.outcomes for run in outcome.runs]
     notes = []
     devices = sorted({str(device) for run in runs if (device := (run.record.get("environment") or {}).get("device"))})
     if len(devices) > 1:
         notes.append(f"Times come from different devices and are not to be compared: {', '.join(devices)}.")
+    elif set(devices) & UNNAMED:
+        notes.append(f"The records do not say which processor, but {devices[0]}: times may be of several.")
     if any((run.record.get("metrics") or {}).get("peak_memory_of") == "process, resident" for run in runs):
         notes.append(
             "Peak memory is what the whole process held at most until the run's end; where one process makes several "

@@ -134,6 +134,17 @@ def test_costs_appear_where_they_are_known_and_say_what_they_are(tmp_path: Path)
     )
 
 
+@pytest.mark.parametrize(("device", "told"), [("x86_64", True), ("AMD EPYC, AVX512", False)])
+def test_times_of_a_processor_without_a_name_are_not_taken_for_those_of_one(
+    tmp_path: Path, device: str, told: bool
+) -> None:
+    files = SweepFiles(tmp_path / "s")
+    for seed in (0, 1):
+        files.done("lora", seed, test=80.0, environment={"device": device})
+    notes = only_table(reported(files), "Cell by cell").notes
+    assert any("do not say which processor, but x86_64" in note for note in notes) == told
+
+
 def test_one_seed_has_no_interval_and_no_claim(tmp_path: Path) -> None:
     files = SweepFiles(tmp_path / "s")
     files.done("lora", 0, test=80.0)
