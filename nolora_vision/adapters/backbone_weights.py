@@ -38,6 +38,14 @@ def create_model(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     return model if _states(name) == before else build()
 
 
+def weights_of_file(path: Path | str) -> dict[str, Any]:
+    """timm's `pretrained_cfg_overlay` for weights of a file, with whatever classifier.
+
+    They are not for the loader of the .npz that the weights which timm knows may have come from (timm 1.0.25 takes it).
+    """
+    return {"file": str(path), "custom_load": False, "num_classes": -1}
+
+
 def weight_files(name: str) -> list[Path]:
     """The cached files that timm builds a pretrained model from; none of one that does not come from the Hub."""
     import timm

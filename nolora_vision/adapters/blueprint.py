@@ -19,7 +19,7 @@ from nolora_vision.adapters.adapter_files import (
     CheckpointError,
     CorruptAdapterError,
 )
-from nolora_vision.adapters.backbone_weights import create_model
+from nolora_vision.adapters.backbone_weights import create_model, weights_of_file
 from nolora_vision.adapters.card import full_name
 from nolora_vision.adapters.checkpoint import apply_adapter
 from nolora_vision.adapters.hub_trouble import advice_for, reason_of
@@ -64,7 +64,7 @@ def build_backbone(
             f"from_pretrained(..., model=...)."
         )
     if weights is not None:
-        kwargs["pretrained_cfg_overlay"] = {"file": str(weights), "custom_load": False, "num_classes": -1}
+        kwargs["pretrained_cfg_overlay"] = weights_of_file(weights)
     try:
         return create_model(name, pretrained=not whole, num_classes=config["num_classes"], **kwargs)
     except Exception as error:  # clients raise many kinds for a failed download

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nolora_vision import hold_frozen
-from nolora_vision.adapters.backbone_weights import create_model
+from nolora_vision.adapters.backbone_weights import create_model, weights_of_file
 from nolora_vision.adapters.hub_cache import cached_models
 from nolora_vision.adapters.hub_trouble import hub_trouble, reason_of
 from nolora_vision.surgery.sites import classifier_paths
@@ -50,8 +50,7 @@ def build_model(
     options |= {} if img_size is None else {"img_size": img_size}
     if pretrained_path is not None:
         refuse_absent_weights(pretrained_path)
-        # Any classifier; and not the loader of the .npz that the weights which timm knows may have come from.
-        options["pretrained_cfg_overlay"] = {"file": str(pretrained_path), "custom_load": False, "num_classes": -1}
+        options["pretrained_cfg_overlay"] = weights_of_file(pretrained_path)
     weights = f"The weights of {name}" if pretrained_path is None else f"--pretrained-path {pretrained_path}"
     try:
         with missing_weights() as missing:
@@ -85,7 +84,7 @@ def _what_failed(
     if isinstance(error, RuntimeError):
         return None
     if not from_hub:
-        return f"{weights} could not be read as weights: {reason_of(error)}."
+        return f"{weights} could not be read as weights: {reason_of(error)}. Wanted a sound .safetensors file."
     instead = "Or train from scratch with --no-pretrained."
     return hub_trouble(weights, "model", error, cached=cached_models(adapters=False), instead=instead)
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nolora_vision.adapters.backbone_weights import weights_of_file
 from nolora_vision.methods.catalogue import METHODS
 from nolora_vision.training.config_file import as_plain
 from nolora_vision.training.outputs import NOT_FINITE
@@ -50,12 +51,18 @@ def show(record: Mapping[str, Any], folder: Path) -> None:
 
 def _use(record: Mapping[str, Any], adapter: Path) -> str:
     """The command, or in Python where the layers of another method or a model that is not timm's are needed first."""
-    config = record["config"]
+    config, path = record["config"], record["config"]["pretrained_path"]
     if METHODS[record["method"]].group in SELF_CONTAINED and not is_elsewhere(config["model"]):
         return f"nolora-vision predict {adapter} IMAGES…"
-    classes = record["dataset"]["num_classes"]
-    model = f'timm.create_model("{config["model"]}", pretrained=True, num_classes={classes})'
-    return f'nolora_vision.methods.load_trained({model}, "{adapter}")'
+    arguments = {
+        "pretrained": True,
+        "num_classes": record["dataset"]["num_classes"],
+        **({} if config["img_size"] is None else {"img_size": config["img_size"]}),
+        **config["model_kwargs"],
+        **({"pretrained_cfg_overlay": weights_of_file(path)} if path else {}),
+    }
+    model = f"timm.create_model({config['model']!r}, {', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+    return f"nolora_vision.methods.load_trained({model}, {str(adapter)!r})"
 
 
 def _validation(record: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def make_record(
     """Everything that the run says of itself; units are in the names, rates count validation apart."""
     counts = summary(model)
     tested = {} if test is None else _tested(test)
-    warnings = [*result.warnings, *([] if tested.get("test_loss", 0) is not None else [NOT_FINITE])]
+    warnings = [*result.warnings, *([NOT_FINITE] if test is not None and not isfinite(test.loss) else [])]
     return {
         "method": config.method,
         "model": name,

@@ -116,10 +116,8 @@ def test_a_saved_adapter_is_tested_with_its_own_crop(
 
 
 def test_what_an_adapter_says_of_its_images_holds_for_a_test() -> None:
-    model, own = (
-        timm.create_model("test_vit"),
-        {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"},
-    )
+    own = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"}
+    model = timm.create_model("test_vit")
     found = preprocessing(RunConfig(img_size=32), model, {**own, "crop_pct": 1.0, "input_size": (3, 8, 8)})
     assert {name: found[name] for name in own} == own
     assert found["crop_pct"] == 1.0 and found["input_size"] == (3, 32, 32)
