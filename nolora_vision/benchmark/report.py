@@ -16,7 +16,7 @@ import tyro
 
 from nolora_vision.benchmark.comparison import Outcome
 from nolora_vision.benchmark.intervals import Difference, interval
-from nolora_vision.benchmark.report_content import RULE, Report, build_report
+from nolora_vision.benchmark.report_content import Report, build_report
 from nolora_vision.benchmark.report_html import page
 from nolora_vision.benchmark.report_pictures import Picture, draw_pictures
 from nolora_vision.benchmark.report_tables import Table, verdict
@@ -79,7 +79,7 @@ def write_report(results_dirs: Sequence[Path], *, output: Path | None = None, ba
 def markdown(report: Report, pictures: Sequence[Picture]) -> str:
     """The report as Markdown, its figures beside it."""
     parts = [f"# {report.title}", report.description, *report.summary]
-    parts += ["\n".join(f"- {line}" for line in report.by_method or report.in_words), RULE]
+    parts += ["\n".join(f"- {line}" for line in report.by_method or report.in_words), report.rule]
     if pictures:
         parts.append("## Figures")
     for picture in pictures:

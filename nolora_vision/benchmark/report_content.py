@@ -26,10 +26,10 @@ FEW = 12
 RULE = (
     "Differences are paired by seed, with Student's 95 % interval over at least three seeds. “Higher” or “lower” "
     "stands only where the interval excludes 0 and no seed of the better one failed; otherwise no difference is shown, "
-    "which is not the same as none. "
-    "Learning rates were chosen on validation images; parameters are counted without the head; ± is the standard "
-    "deviation over seeds."
+    "which is not the same as none. Parameters are counted without the head; ± is the standard deviation over seeds."
 )
+CHOSEN = "Learning rates were chosen on validation images. "
+GIVEN = "Learning rates are those that were given: nothing was chosen here. "
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Report:
     """Methods, in the order of colours."""
     comparisons: tuple[Comparison, ...]
     results: Results
+
+    @property
+    def rule(self) -> str:
+        """What the words and numbers of the comparisons mean."""
+        chosen = any(comparison.tried for comparison in self.comparisons)
+        return (CHOSEN if chosen else GIVEN) + RULE
 
 
 def build_report(results: Results) -> Report:

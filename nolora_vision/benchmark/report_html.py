@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from nolora_vision.benchmark.report_content import RULE, Report
+from nolora_vision.benchmark.report_content import Report
 from nolora_vision.benchmark.report_figures import INK
 from nolora_vision.benchmark.report_pictures import Picture
 from nolora_vision.benchmark.report_tables import Table, Value
@@ -111,7 +111,7 @@ def _summary(report: Report) -> str:
         parts += [_list(report.by_method), f"<details>{every}</details>"]
     else:
         parts.append(_list(report.in_words))
-    return f'<div class="summary">{"".join(parts)}<p class="soft">{escape(RULE)}</p></div>\n'
+    return f'<div class="summary">{"".join(parts)}<p class="soft">{escape(report.rule)}</p></div>\n'
 
 
 def _list(lines: Iterable[str]) -> str:

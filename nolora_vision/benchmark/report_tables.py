@@ -146,9 +146,10 @@ def _counting_notes(comparison: Comparison) -> list[str]:
     if any(o.loss_difference and o.loss_difference.interval for o in comparison.outcomes):
         notes.append("The test loss is the cross-entropy in nats, less is better; its intervals are not counted above.")
     if any(o.val_difference and o.val_difference.interval for o in comparison.outcomes):
+        which = "the validation images" + (", which chose their rates with other seeds" if comparison.tried else "")
         notes.append(
-            "All seeds are tested on the same images. The same models on the validation images, which chose their "
-            "rates with other seeds: what is not there hangs on which images are looked at. Not counted above either."
+            f"All seeds are tested on the same images. The same models on {which}: what is not there hangs on which "
+            "images are looked at. Not counted above either."
         )
     if edges := [outcome.label for outcome in comparison.outcomes if outcome.at_edge]:
         notes.append(f"Chosen at the edge of the grid, so a better choice may lie beyond it: {', '.join(edges)}.")

@@ -232,8 +232,10 @@ def show(now: Plan, results: Mapping[str, Mapping[str, Any]]) -> None:
         spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–"
         where = ", ".join(f"{axis} {value}" for axis, value in choice.point.items())
         edge = " (at an edge)" if choice.at_edge else ""
-        rows.append((choice.label, where + edge, f"{choice.val_top1_percent:.2f}", mean, spread, str(len(scores))))
-    print_columns("chosen on validation", ("method", "at", "val (%)", "test (%)", "std", "seeds"), rows)
+        chosen_by = f"{choice.val_top1_percent:.2f}" if math.isfinite(choice.val_top1_percent) else "–"
+        rows.append((choice.label, where + edge, chosen_by, mean, spread, str(len(scores))))
+    title = "chosen on validation" if any(row[2] != "–" for row in rows) else "as given"
+    print_columns(title, ("method", "at", "val (%)", "test (%)", "std", "seeds"), rows)
     for record in untested(now, results):
         reason = (record["error"].strip() or "no reason recorded").splitlines()[-1]
         print(f"{record['label']}, seed {record['seed']}: not tested, as its run failed ({reason}).")

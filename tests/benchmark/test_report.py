@@ -1,6 +1,7 @@
 """The report's tables and files: numbers by hand, what is missing, what failed, and a page that is safe and whole."""
 
 import csv
+import itertools
 import re
 import subprocess
 import sys
@@ -83,6 +84,21 @@ def test_the_same_models_on_the_validation_images(tmp_path: Path) -> None:
     assert any(note.startswith("All seeds are tested on the same images.") for note in table.notes)
     assert rows["gate"]["minus lora on validation images"] == "−1.10 (−1.35 to −0.85)"
     assert rows["gate"]["what is shown"] == "no difference is shown"
+
+
+def test_rates_are_called_chosen_only_where_some_were_tried(tmp_path: Path) -> None:
+    files = SweepFiles(tmp_path / "sweep")
+    for seed, label in itertools.product((0, 1, 2), ("lora", "swish")):
+        files.done(label, seed, test=80.0 + seed, val=80.0 - seed * len(label), lr=0.004)
+    for tried in (False, True):
+        if tried:
+            files.done("lora", 100, test=None, val=80.0, lr=0.004)
+        report = reported(files)
+        assert report.rule.startswith(
+            "Learning rates were chosen on validation images." if tried else "Learning rates are those that were given"
+        )
+        (note,) = (note for note in only_table(report, "Cell by cell").notes if note.startswith("All seeds"))
+        assert ("which chose their rates" in note) == tried
 
 
 def test_words_are_made_from_the_numbers(sweep: SweepFiles) -> None:

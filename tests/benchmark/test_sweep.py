@@ -223,8 +223,10 @@ def test_a_run_on_all_images_has_no_validation_score_to_print(
     text = SWEEP.replace("  workers: 0", "  workers: 0\n  train_on: train_val\n  keep_epoch: last")
     (tmp_path / "s.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith("choose")))
     conduct(read_sweep(tmp_path / "s.yaml"), tmp_path / "out")
-    printed = [line for line in capsys.readouterr().out.splitlines() if "seed 0" in line]
+    out = capsys.readouterr().out
+    printed = [line for line in out.splitlines() if "seed 0" in line]
     assert len(printed) == 2 and all("test " in line and "val " not in line for line in printed)
+    assert "as given" in out and "nan" not in out and "chosen on validation" not in out
 
 
 def test_two_processes_share_the_work(sweep: Sweep, tmp_path: Path) -> None:
