@@ -66,7 +66,7 @@ def header_of(path: Path) -> str:
 def test_none_is_overlooked() -> None:
     folders = [name(path.parent) for path in CONFIGS]
     assert {folder: folders.count(folder) for folder in sorted(set(folders))} == BY_FOLDER
-    assert (len(CONFIGS), len(SWEEPS)) == (151, 18)
+    assert (len(CONFIGS), len(SWEEPS)) == (151, 19)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
